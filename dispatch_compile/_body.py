@@ -1,0 +1,119 @@
+"""``compile_natives``: the mode around the body of a custom op, as a decorator or a ``with`` block."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+from ._config import CompileConfig
+from ._mode import DispatchCompileMode, current_mode
+from ._torch_private import CustomOpDef, wrap_custom_op_kernels
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class CompileNatives:
+    """The mode around a custom op's body, or around any function or block::
+
+        @torch.library.custom_op("mylib::moe", mutates_args=())
+        @dispatch_compile.compile_natives
+        def moe(x: torch.Tensor, ...) -> torch.Tensor: ...
+
+        @dispatch_compile.compile_natives(config=CompileConfig(options={"max_autotune": True}))
+        def body(...): ...
+
+        with dispatch_compile.compile_natives(mode=mode): ...
+
+    - Bare: the mode that the caller has entered, or else one default mode for the whole process, so that all bare
+      bodies share compiled code.
+    - ``mode=``: that mode.
+    - ``config=``: a mode of its own with that configuration, made once, here.
+
+    It goes below ``torch.library.custom_op`` (the signature stays readable) or above it (what comes back is the
+    custom op itself, whose kernels registered so far run inside the mode).
+    """
+
+    def __init__(self, mode: DispatchCompileMode | None = None) -> None:
+        self._mode = mode
+        self._entered: list[Any] = []
+
+    @overload
+    def __call__(self, fn: F) -> F: ...
+
+    @overload
+    def __call__(
+        self, fn: None = None, *, mode: DispatchCompileMode | None = None, config: CompileConfig | None = None
+    ) -> CompileNatives: ...
+
+    def __call__(
+        self,
+        fn: Any = None,
+        *,
+        mode: DispatchCompileMode | None = None,
+        config: CompileConfig | None = None,
+    ) -> Any:
+        if mode is not None and config is not None:
+            raise TypeError("compile_natives: give mode= or config=; a mode has a configuration already")
+        if mode is not None and not isinstance(mode, DispatchCompileMode):
+            raise TypeError(f"compile_natives: mode must be a DispatchCompileMode, not {mode!r}")
+        if config is not None:
+            mode = DispatchCompileMode(config=config)
+        if fn is None:
+            return CompileNatives(mode or self._mode)
+        if mode is not None:
+            return CompileNatives(mode)(fn)
+        if isinstance(fn, CustomOpDef):
+            wrap_custom_op_kernels(fn, self._wrapped)
+            return fn
+        if not callable(fn):
+            raise TypeError(f"compile_natives: cannot decorate {fn!r}; give it a function or a custom op")
+        return self._wrapped(fn)
+
+    def _wrapped(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        context = self._context
+
+        @functools.wraps(fn)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return fn(*args, **kwargs)
+
+        # custom_op reads the types; text annotations only mean something where `fn` was written.
+        inside.__signature__ = _resolved_signature(fn)  # type: ignore[attr-defined]
+        return inside
+
+    def _context(self) -> Any:
+        if self._mode is not None:
+            return self._mode
+        return nullcontext() if current_mode() is not None else _default_mode()
+
+    def __enter__(self) -> DispatchCompileMode:
+        context = self._context()
+        self._entered.append(context)
+        context.__enter__()
+        mode = current_mode()
+        assert mode is not None
+        return mode
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._entered.pop().__exit__(kind, error, traceback)
+
+
+@functools.cache
+def _default_mode() -> DispatchCompileMode:
+    return DispatchCompileMode()
+
+
+def _resolved_signature(fn: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(fn, eval_str=True)
+    except Exception:  # an annotation that cannot be evaluated is for whoever needs it to complain about
+        return inspect.signature(fn)
+
+
+compile_natives = CompileNatives()

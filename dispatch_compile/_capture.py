@@ -1,0 +1,188 @@
+"""From an implementation and one call's arguments to a graph: run it once on fake tensors whose token dimension
+is a symbol, and keep what torch assumed about that symbol as guards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ._specialization import TOKENS, Arguments, sizes, strides
+from ._torch_private import OpOverload, dynamic_size, new_fake_mode, new_shape_env, trace
+
+
+class CannotCapture(Exception):
+    """The implementation has no graph that is right for these arguments; the message says why."""
+
+
+class StepAside(Exception):
+    """The implementation has a graph, but compiled code would not behave as the implementation does."""
+
+
+@dataclass
+class Captured:
+    """An implementation as a graph of its tensor arguments.
+
+    ``guards`` must be called after compilation, which may add to the assumptions.
+    """
+
+    graph: GraphModule
+    inputs: list[torch.Tensor]  # fake
+    shape_env: Any
+    result: str  # expression that makes the op's result of `{}`, the list of output tensors
+    arguments: Arguments
+
+    def guards(self) -> str | None:
+        """What must hold of the dynamic sizes, as an expression in terms of the leaves' sources; None if nothing."""
+        text = self.shape_env.produce_guards_expression(self.inputs)
+        if text is None:
+            return None
+        sources = [leaf.source for leaf in self.arguments.tensors]
+        text = re.sub(r"L\['t(\d+)'\]", lambda match: sources[int(match[1])], text)
+        return re.sub(r"\.(size|stride)\(\)\[(\d+)\]", r".\1(\2)", text)
+
+    def symbolic_shapes(self) -> str:
+        """The inputs' sizes, for people: ``[s0, 4096], [4096]``, symbols numbered in order of appearance."""
+        symbols: dict[str, str] = {}
+        shapes = []
+        for fake in self.inputs:
+            dims = [
+                str(size) if size.isdecimal() else symbols.setdefault(size, f"s{len(symbols)}")
+                for size in map(str, fake.shape)
+            ]
+            shapes.append(f"[{', '.join(dims)}]")
+        return ", ".join(shapes)
+
+
+def capture(fn: Callable[..., Any], arguments: Arguments) -> Captured:
+    """Trace ``fn`` for these arguments.
+
+    Raises:
+        StepAside: the result or a side effect could not be kept (an argument changed or returned, random numbers).
+        CannotCapture: the implementation cannot be traced.
+    """
+    shape_env = new_shape_env()
+    fake_mode = new_fake_mode(shape_env)
+    fakes = _fake_inputs(arguments, shape_env, fake_mode)
+    result_of = ""
+
+    def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        nonlocal result_of
+        result = fn(*_rebuilt_args(arguments, tensors), **_rebuilt_kwargs(arguments, tensors))
+        outputs, result_of = _flat_outputs(result)
+        _check_outputs(outputs, tensors, arguments)
+        return outputs
+
+    try:
+        graph = trace(flat, fakes)
+    except StepAside:
+        raise
+    except Exception as error:
+        raise CannotCapture(first_line(error)) from error
+    _check_graph(graph, arguments)
+    return Captured(graph, fakes, shape_env, result_of, arguments)
+
+
+def _fake_inputs(arguments: Arguments, shape_env: Any, fake_mode: Any) -> list[torch.Tensor]:
+    """A fake for every tensor leaf, each with storage of its own: a tensor given twice is two inputs."""
+    tokens: dict[int, Any] = {}  # activations with as many tokens share the symbol, as their guards then say
+    fakes = []
+    for i, leaf in enumerate(arguments.tensors):
+        tensor = leaf.value
+        if leaf.dynamic and tensor.size(0) not in tokens:
+            tokens[tensor.size(0)] = dynamic_size(shape_env, tensor.size(0), f"t{i}")
+        count = tokens.get(tensor.size(0))
+        size = [count if dim == TOKENS else dim for dim in sizes(leaf)]
+        stride = [count * dim[1] if isinstance(dim, tuple) else dim for dim in strides(leaf)]
+        with fake_mode:
+            fakes.append(torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device))
+    return fakes
+
+
+def _rebuilt_args(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> list[Any]:
+    values = _values_by_source(arguments, tensors)
+    return [_rebuilt(f"args[{i}]", value, values) for i, value in enumerate(arguments.args)]
+
+
+def _rebuilt_kwargs(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+    values = _values_by_source(arguments, tensors)
+    return {name: _rebuilt(f"kwargs[{name!r}]", value, values) for name, value in arguments.kwargs.items()}
+
+
+def _values_by_source(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+    values = {leaf.source: leaf.value for leaf in arguments.leaves}
+    values.update(zip((leaf.source for leaf in arguments.tensors), tensors, strict=True))
+    return values
+
+
+def _rebuilt(source: str, value: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [values[f"{source}[{i}]"] for i in range(len(value))]
+    return values[source]
+
+
+def _flat_outputs(result: Any) -> tuple[list[torch.Tensor], str]:
+    if isinstance(result, torch.Tensor):
+        return [result], "{}[0]"
+    if isinstance(result, (tuple, list)) and result and all(isinstance(item, torch.Tensor) for item in result):
+        return list(result), "tuple({})" if isinstance(result, tuple) else "list({})"
+    raise StepAside(f"the implementation returns {_described(result)}, not tensors")
+
+
+def _described(result: Any) -> str:
+    if isinstance(result, (tuple, list)):
+        return f"({', '.join(type(item).__name__ for item in result)})"
+    return f"a {type(result).__name__}"
+
+
+def _check_outputs(outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor], arguments: Arguments) -> None:
+    owners = {
+        _storage(tensor): f"argument {leaf.name}"
+        for tensor, leaf in zip(inputs, arguments.tensors, strict=True)
+    }
+    for i, output in enumerate(outputs):
+        storage = _storage(output)
+        if storage in owners:
+            raise StepAside(f"result {i} shares memory with {owners[storage]}")
+        owners[storage] = f"result {i}"
+
+
+def _check_graph(graph: GraphModule, arguments: Arguments) -> None:
+    nodes = list(graph.graph.nodes)
+    inputs = [node.meta["val"] for node in nodes if node.op == "placeholder"]
+    owners = {_storage(fake): leaf.name for fake, leaf in zip(inputs, arguments.tensors, strict=True)}
+    for node in nodes:
+        if not isinstance(node.target, OpOverload):
+            continue
+        tags = node.target.tags
+        if torch.Tag.nondeterministic_seeded in tags:
+            raise StepAside(f"the implementation draws random numbers ({node.target})")
+        if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+            raise CannotCapture(f"it depends on the values in a tensor ({node.target})")
+        if node.target is torch.ops.aten.as_strided.default:
+            raise StepAside("the implementation uses as_strided, which reads the storage offset")
+        for written in _written(node):
+            name = owners.get(_storage(written.meta["val"]))
+            if name is not None:
+                raise StepAside(f"the implementation changes its argument {name}")
+
+
+def _written(node: Node) -> Iterator[Node]:
+    for i, parameter in enumerate(node.target._schema.arguments):
+        if parameter.alias_info is not None and parameter.alias_info.is_write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
+            yield from (item for item in (value if isinstance(value, (list, tuple)) else [value]) if item is not None)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line: its type and the first line of its text."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

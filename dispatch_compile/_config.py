@@ -1,0 +1,122 @@
+"""What the user decides about compilation: one frozen, hashable value."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+ON_FAILURE = ("raise", "native")
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class CompileConfig:
+    """How implementations are compiled; part of the key under which compiled code is cached.
+
+    Args:
+        backend: ``"inductor"``, the name of another registered ``torch.compile`` backend, or a callable
+            ``(graph_module, example_inputs) -> callable``.
+        options: Inductor options (see ``torch._inductor.list_options()``), as one would give them to
+            ``torch.compile(options=...)``. Only for ``backend="inductor"``.
+        providers: providers whose implementations may be compiled. A call for which the op's priority
+            chooses any other provider passes untouched.
+        on_failure: what to do with an implementation that cannot be captured or compiled: ``"raise"``
+            a :class:`CompileError`, or run it ``"native"`` (warned about once, counted, traced).
+
+    Raises:
+        ValueError: an unknown option, backend or ``on_failure``; options for another backend.
+        TypeError: an argument of the wrong type.
+    """
+
+    backend: str | Callable[..., Any]
+    options: Mapping[str, Any]
+    providers: tuple[str, ...]
+    on_failure: str
+    _identity: tuple[Any, ...] = field(repr=False)
+
+    def __init__(
+        self,
+        *,
+        backend: str | Callable[..., Any] = "inductor",
+        options: Mapping[str, Any] | None = None,
+        providers: Iterable[str] = ("native",),
+        on_failure: str = "raise",
+    ) -> None:
+        if on_failure not in ON_FAILURE:
+            raise ValueError(f"CompileConfig: on_failure must be one of {ON_FAILURE}, not {on_failure!r}")
+        set_field = object.__setattr__  # the class is frozen
+        set_field(self, "backend", _checked_backend(backend))
+        set_field(self, "options", MappingProxyType(_checked_options(options, backend)))
+        set_field(self, "providers", _checked_providers(providers))
+        set_field(self, "on_failure", on_failure)
+        set_field(self, "_identity", (backend, _frozen(self.options), self.providers, on_failure))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CompileConfig):
+            return NotImplemented
+        return bool(self._identity == other._identity)
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+
+def _checked_providers(providers: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(providers, str):
+        raise TypeError(f"CompileConfig: providers is a list of names; write providers=({providers!r},)")
+    names = tuple(providers)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"CompileConfig: providers must be strings, not {name!r}")
+    return names
+
+
+def _checked_backend(backend: str | Callable[..., Any]) -> str | Callable[..., Any]:
+    if callable(backend) or backend == "inductor":
+        return backend
+    if not isinstance(backend, str):
+        raise TypeError(f"CompileConfig: backend must be a name or a callable, not {backend!r}")
+    import torch  # not needed for the default, and importing Dynamo takes a second
+
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ValueError(f"CompileConfig: unknown backend {backend!r}{_suggestion(backend, known)}")
+    return backend
+
+
+def _checked_options(
+    options: Mapping[str, Any] | None, backend: str | Callable[..., Any]
+) -> dict[str, Any]:
+    if not options:
+        return {}
+    if backend != "inductor":
+        raise ValueError(f"CompileConfig: options are Inductor's, but the backend is {backend!r}")
+    if not isinstance(options, Mapping):
+        raise TypeError(f"CompileConfig: options must be a mapping, not {type(options).__name__}")
+    from torch._inductor import list_options
+
+    known = list_options()
+    checked = {}
+    for given, value in options.items():
+        name = given.replace("-", "_")
+        if name not in known:
+            raise ValueError(f"CompileConfig: Inductor has no option {given!r}{_suggestion(name, known)}")
+        checked[name] = value
+    return checked
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _frozen(value: Any) -> Any:
+    """``value`` as something hashable that keeps apart what Inductor tells apart (``True`` from ``1``)."""
+    if isinstance(value, Mapping):
+        return frozenset((key, _frozen(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(_frozen(item) for item in value))
+    if isinstance(value, (set, frozenset)):
+        return (type(value), frozenset(_frozen(item) for item in value))
+    return (type(value), value)

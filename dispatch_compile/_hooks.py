@@ -1,0 +1,67 @@
+"""Where calls are caught: a kernel at the BackendSelect dispatch key of the ops of interest, and of no others.
+
+BackendSelect is the last key before the backend's kernel. torch gives every op a fallthrough there, which the
+dispatcher skips without looking, and always has the key switched on. A kernel registered there for one op
+- costs every other op nothing, and needs no mode on torch's stack, so also reaches into opaque ops' bodies;
+- runs below autograd, functorch, functionalization, FakeTensor and every TorchDispatchMode: those have seen the
+  call and what arrives is about to run for real;
+- adds nothing to the thread's dispatch state, on which torch.compile guards.
+It is process-wide, so it asks for the thread's mode first and hands the call on when there is none.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.library import Library
+
+from ._torch_private import BELOW_BACKEND_SELECT, OpOverload, has_kernel
+
+
+class _Hook:
+    def __init__(self, overload: OpOverload, kernel: Callable[..., Any]) -> None:
+        self.users = 0
+        self.library = Library(overload.namespace, "IMPL")
+        self.library.impl(
+            overload.name().partition("::")[2], kernel, "BackendSelect", with_keyset=True
+        )
+
+
+_hooks: dict[OpOverload, _Hook] = {}
+_lock = threading.RLock()  # a finalizer may release() while this thread is inside acquire()
+
+
+def redispatch(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hand a caught call on to the op's own kernel, as if it had not been caught."""
+    return overload.redispatch(keyset & BELOW_BACKEND_SELECT, *args, **kwargs)
+
+
+def hookable(overload: OpOverload) -> bool:
+    """Whether calls of the op can be caught: it has no BackendSelect kernel but ours."""
+    return overload in _hooks or not has_kernel(overload, "BackendSelect")
+
+
+def acquire(overloads: Iterable[OpOverload], make_kernel: Callable[[OpOverload], Callable[..., Any]]) -> None:
+    """Catch calls of these overloads from now on; a hook that exists is shared.
+
+    The kernel is called as ``kernel(keyset, *args, **kwargs)``.
+    """
+    with _lock:
+        for overload in overloads:
+            hook = _hooks.get(overload)
+            if hook is None:
+                hook = _hooks[overload] = _Hook(overload, make_kernel(overload))
+            hook.users += 1
+
+
+def release(overloads: Iterable[OpOverload]) -> None:
+    """Undo one :func:`acquire`; the last one takes the kernel out of the dispatch table."""
+    with _lock:
+        for overload in overloads:
+            hook = _hooks[overload]
+            hook.users -= 1
+            if not hook.users:
+                del _hooks[overload]
+                hook.library._destroy()

@@ -1,0 +1,357 @@
+"""The embedded IR: ops that have a native implementation, and providers that compete by priority.
+
+The surface is that of ``vllm.ir``, so that the rest of the package serves either kind of op by the same
+attributes (:class:`Op`, :class:`Impl`), and an op can move from here to vLLM unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Protocol, overload
+
+import torch
+from torch.library import Library, infer_schema
+
+from . import _registry
+from ._torch_private import OpOverload
+
+NAMESPACE = "dispatch_compile"
+NATIVE = "native"
+_NAME = re.compile(r"[a-z_][a-z0-9_]*\Z")
+
+
+class Impl(Protocol):
+    """One implementation of an op, as the interposer sees it (``vllm.ir``'s ``IrOpImpl`` is one)."""
+
+    provider: str
+
+    def func_impl_fn(self, *args: Any, **kwargs: Any) -> Any:
+        """The implementation with functional semantics: no argument is changed."""
+
+
+class Op(Protocol):
+    """An IR op, as the interposer sees it (``vllm.ir``'s ``IrOp`` is one)."""
+
+    torch_op: OpOverload
+    activations: list[str]
+
+    def dispatch(self, *args: Any, **kwargs: Any) -> Impl:
+        """The implementation that priority and ``supports_args`` choose for these arguments."""
+
+
+class IrOpImpl:
+    """An implementation of an :class:`IrOp`, made by :meth:`IrOp.register_impl`."""
+
+    def __init__(
+        self,
+        op: IrOp,
+        provider: str,
+        impl_fn: Callable[..., Any],
+        *,
+        supported: bool = True,
+        supports_args: Callable[..., bool] | None = None,
+        inplace: bool = False,
+    ) -> None:
+        self.op = op
+        self.provider = provider
+        self.impl_fn = impl_fn
+        self.supported = supported
+        self.inplace = inplace
+        self._supports_args = supports_args
+
+    @property
+    def supports_all_args(self) -> bool:
+        """Whether the implementation takes any arguments that the op's schema admits."""
+        return self._supports_args is None
+
+    def supports_args(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the implementation takes these arguments."""
+        return self._supports_args is None or self._supports_args(*args, **kwargs)
+
+    def func_impl_fn(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the implementation on copies of the activations if it works in place."""
+        if not self.inplace:
+            return self.impl_fn(*args, **kwargs)
+        fresh = list(args)
+        for i in self.op.activation_indices:
+            fresh[i] = args[i].clone()
+        return self.impl_fn(*fresh, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"IrOpImpl({self.op.name!r}, {self.provider!r})"
+
+
+class IrOp:
+    """An op with a native implementation in plain PyTorch, callable as ``torch.ops.dispatch_compile.<name>``.
+
+    Made by :func:`register_op`. Calling the object calls its torch op.
+
+    Attributes:
+        name: the op's name in its namespace.
+        activations: names of the activation parameters; their dimension 0 is the token dimension.
+        activation_indices: their positions among the parameters.
+        impls: implementations by provider; ``"native"`` is always there.
+        torch_op: the op's ``OpOverload`` (functional).
+        maybe_inplace: with ``allow_inplace=True``, the overload that may overwrite its activations; else None.
+    """
+
+    registry: ClassVar[dict[str, IrOp]] = {}
+
+    def __init__(
+        self,
+        name: str,
+        native: Callable[..., Any],
+        activations: Sequence[str] | None,
+        allow_inplace: bool,
+    ) -> None:
+        _check_name("op", name)
+        if name in IrOp.registry:
+            raise ValueError(f"register_op: op {name!r} is already registered; unregister() it first")
+        self.name = name
+        self.allow_inplace = allow_inplace
+        self._parameters = inspect.signature(native).parameters
+        self._schema = _infer_schema(name, native)
+        self.activations = _activations(name, list(self._parameters), activations)
+        self.activation_indices = [i for i, p in enumerate(self._parameters) if p in self.activations]
+        self.impls: dict[str, IrOpImpl] = {NATIVE: IrOpImpl(self, NATIVE, native)}
+        self._priority: list[IrOpImpl] = []
+        self._fake: Callable[..., Any] = native
+        self.__doc__ = inspect.getdoc(native)
+        self.__name__ = name
+
+        inplace_schema = self._inplace_schema(native) if allow_inplace else None
+        self._library = Library(NAMESPACE, "FRAGMENT")
+        self.torch_op = self._define(name, self._schema, self._run_functional)
+        self.maybe_inplace: MaybeInplace | None = None
+        if inplace_schema is not None:
+            overload = self._define(f"{name}.maybe_inplace", inplace_schema, self._run_maybe_inplace)
+            self.maybe_inplace = MaybeInplace(self, overload)
+
+    def _define(self, qualified: str, schema: str, kernel: Callable[..., Any]) -> OpOverload:
+        self._library.define(qualified + schema)
+        # CompositeExplicitAutograd keeps the op whole under export and AOTAutograd, and differentiable in eager.
+        self._library.impl(qualified, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{qualified}", self._run_fake, lib=self._library)
+        packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
+        return getattr(packet, qualified.partition(".")[2] or "default")
+
+    def _inplace_schema(self, native: Callable[..., Any]) -> str:
+        returns = self._schema.partition(" -> ")[2]
+        if re.findall(r"\w+", returns) != ["Tensor"] * len(self.activations):
+            raise ValueError(
+                f"register_op: {self.name}: allow_inplace needs one Tensor result for each activation "
+                f"{self.activations}, but the schema is {self.name}{self._schema}"
+            )
+        return str(infer_schema(native, mutates_args=self.activations))
+
+    def _run_functional(self, *args: Any, **kwargs: Any) -> Any:
+        return self.dispatch(*args, **kwargs).func_impl_fn(*args, **kwargs)
+
+    def _run_maybe_inplace(self, *args: Any, **kwargs: Any) -> Any:
+        return self.dispatch(*args, **kwargs).impl_fn(*args, **kwargs)
+
+    def _run_fake(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fake(*args, **kwargs)
+
+    def register_impl(
+        self,
+        provider: str,
+        *,
+        supported: bool = True,
+        supports_args: Callable[..., bool] | None = None,
+        inplace: bool = False,
+    ) -> Callable[[Callable[..., Any]], IrOpImpl]:
+        """Register another implementation; use as a decorator on a function of the native's signature.
+
+        Args:
+            provider: the implementation's name, unique for the op; ``"native"`` is taken.
+            supported: whether this machine can run it at all (a library or a device is there).
+            supports_args: a function of the op's parameters that says whether it takes these arguments.
+            inplace: whether it writes its results into its activations; needs ``allow_inplace=True`` on the op.
+
+        Raises:
+            ValueError: the provider is taken, or a signature differs from the native implementation's.
+        """
+        _check_name("provider", provider)
+        if provider in self.impls:
+            raise ValueError(f"{self.name}: provider {provider!r} is already registered")
+        if inplace and not self.allow_inplace:
+            raise ValueError(
+                f"{self.name}: {provider!r} works in place, but the op does not allow it; "
+                f"register the op with allow_inplace=True"
+            )
+        if supports_args is not None:
+            self._check_supports_args(provider, supports_args)
+
+        def register(fn: Callable[..., Any]) -> IrOpImpl:
+            schema = _infer_schema(f"{self.name}: {provider}", fn)
+            if schema != self._schema:
+                raise ValueError(
+                    f"{self.name}: the schema of {provider!r} differs from the native one:\n"
+                    f"  {provider}: {schema}\n  native: {self._schema}"
+                )
+            impl = IrOpImpl(
+                self, provider, fn, supported=supported, supports_args=supports_args, inplace=inplace
+            )
+            self.impls[provider] = impl
+            return impl
+
+        return register
+
+    def _check_supports_args(self, provider: str, supports_args: Callable[..., bool]) -> None:
+        def described(parameters: Iterable[inspect.Parameter]) -> list[tuple[str, Any, Any]]:
+            return [(p.name, p.default, p.kind) for p in parameters]
+
+        given = inspect.signature(supports_args).parameters.values()
+        if described(given) != described(self._parameters.values()):
+            raise ValueError(
+                f"{self.name}: supports_args of {provider!r} must have the native implementation's parameters:\n"
+                f"  supports_args: ({', '.join(p.name for p in given)})\n"
+                f"  native: ({', '.join(self._parameters)})\nwith the same defaults"
+            )
+
+    def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Use ``fn`` on fake tensors, in place of the native implementation; a decorator."""
+        self._fake = fn
+        return fn
+
+    def dispatch(self, *args: Any, **kwargs: Any) -> IrOpImpl:
+        """The first implementation in the priority that supports these arguments; native when none is set."""
+        for impl in self._priority:
+            if impl.supports_args(*args, **kwargs):
+                return impl
+        return self.impls[NATIVE]
+
+    def get_priority(self) -> list[str]:
+        """The providers that dispatch tries, in order; empty when no priority is set."""
+        return [impl.provider for impl in self._priority]
+
+    def set_default(self, priority: Sequence[str]) -> None:
+        """Set the priority for the life of the process (see :meth:`set_priority`)."""
+        self._priority = self._resolved(priority)
+
+    @contextlib.contextmanager
+    def set_priority(self, priority: Sequence[str]) -> Iterator[None]:
+        """Set the order in which providers are tried, inside the ``with`` block, for all threads.
+
+        Unsupported providers are left out; native takes what no other does.
+
+        Raises:
+            ValueError: a provider that is not registered.
+        """
+        resolved = self._resolved(priority)
+        previous, self._priority = self._priority, resolved
+        try:
+            yield
+        finally:
+            self._priority = previous
+
+    def _resolved(self, priority: Sequence[str]) -> list[IrOpImpl]:
+        unknown = [provider for provider in priority if provider not in self.impls]
+        if unknown:
+            raise ValueError(f"{self.name}: no provider {unknown}; registered are {list(self.impls)}")
+        return [impl for impl in map(self.impls.__getitem__, priority) if impl.supported]
+
+    def supported_providers(self) -> list[str]:
+        """Providers whose implementation this machine can run."""
+        return [impl.provider for impl in self.impls.values() if impl.supported]
+
+    def unregister(self) -> None:
+        """Take the op out of torch and out of the registry; what was compiled for it can then be freed."""
+        if IrOp.registry.get(self.name) is self:
+            del IrOp.registry[self.name]
+            _registry.changed()
+            self._library._destroy()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.torch_op(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"IrOp({NAMESPACE}::{self.name}{self._schema})"
+
+
+class MaybeInplace:
+    """The overload of an op that may overwrite its activations: they are dead after the call."""
+
+    def __init__(self, op: IrOp, torch_op: OpOverload) -> None:
+        self.op = op
+        self.torch_op = torch_op
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.torch_op(*args, **kwargs)
+
+
+@overload
+def register_op(fn: Callable[..., Any]) -> IrOp: ...
+
+
+@overload
+def register_op(
+    fn: None = None,
+    *,
+    name: str | None = None,
+    activations: Sequence[str] | None = None,
+    allow_inplace: bool = False,
+) -> Callable[[Callable[..., Any]], IrOp]: ...
+
+
+def register_op(
+    fn: Callable[..., Any] | None = None,
+    *,
+    name: str | None = None,
+    activations: Sequence[str] | None = None,
+    allow_inplace: bool = False,
+) -> IrOp | Callable[[Callable[..., Any]], IrOp]:
+    """Make an IR op of its native implementation; bare or with arguments, as a decorator.
+
+    Args:
+        fn: the native implementation in plain PyTorch, a function of its arguments alone, with type hints.
+        name: the op's name; the function's by default.
+        activations: parameters whose dimension 0 is the token dimension; by default those that start with ``x``.
+        allow_inplace: also make the ``maybe_inplace`` overload, which may overwrite the activations.
+
+    Raises:
+        ValueError: the name is taken or malformed, the signature has no torch schema or keyword-only
+            parameters, an activation is not a parameter, or ``allow_inplace`` does not fit the results.
+    """
+
+    def decorate(native: Callable[..., Any]) -> IrOp:
+        op = IrOp(name or native.__name__, native, activations, allow_inplace)
+        IrOp.registry[op.name] = op
+        _registry.changed()
+        return op
+
+    return decorate if fn is None else decorate(fn)
+
+
+def _check_name(what: str, name: str) -> None:
+    if not _NAME.match(name):
+        raise ValueError(f"{what} name {name!r}: use lower-case letters, digits and underscores")
+
+
+def _infer_schema(name: str, fn: Callable[..., Any]) -> str:
+    for parameter in inspect.signature(fn).parameters.values():
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            raise ValueError(
+                f"{name}: parameter {parameter.name!r} is {parameter.kind.description}; "
+                f"an IR op takes parameters that may be given by position"
+            )
+    try:
+        return str(infer_schema(fn, mutates_args=[]))
+    except ValueError as error:
+        raise ValueError(f"{name}: no torch schema can be made of the signature: {error}") from error
+
+
+def _activations(name: str, parameters: list[str], given: Sequence[str] | None) -> list[str]:
+    if given is None:
+        return [p for p in parameters if p.startswith("x")]
+    missing = [p for p in given if p not in parameters]
+    if missing:
+        raise ValueError(f"{name}: activations {missing} are not among the parameters {parameters}")
+    return list(given)
+
+
+_registry.add_source(lambda: IrOp.registry.values())

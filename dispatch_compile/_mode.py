@@ -1,0 +1,321 @@
+"""The mode: for each caught call, is it an IR op of ours, may it run compiled here, and what runs then."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from . import _hooks, _registry
+from ._cache import NativeCache, Table
+from ._compilation import RUN_NATIVELY, CannotCompile, Specialization, specialize
+from ._config import CompileConfig
+from ._errors import CompileError, DispatchCompileWarning
+from ._ir import Impl, Op
+from ._opaque import opaque_overloads
+from ._specialization import MISS, Arguments, Parameters, flatten, key_of, why_aside
+from ._torch_private import OpOverload, TorchDispatchMode, compile_lock
+from ._trace import NATIVE, PASSED, Trace, TraceEvent, described
+
+
+_log = logging.getLogger("dispatch_compile")
+
+
+class _ThreadState(threading.local):
+    """The modes entered on this thread, innermost last, and how many of them trace."""
+
+    def __init__(self) -> None:
+        self.stack: list[DispatchCompileMode] = []
+        self.tracing = 0
+
+
+_thread = _ThreadState()
+
+
+def current_mode() -> DispatchCompileMode | None:
+    """The innermost mode entered on this thread."""
+    return _thread.stack[-1] if _thread.stack else None
+
+
+def _no_impl() -> None:
+    return None
+
+
+class _Route:
+    """How a mode reads the calls of one overload. It keeps neither the op nor an implementation alive."""
+
+    def __init__(self, op: Op, overload: OpOverload) -> None:
+        self.op = weakref.ref(op)
+        self.overload = overload
+        self.parameters = Parameters.of(overload, op.activations)
+        # The implementation that dispatch chose last, with its table (None: its provider is not to be compiled).
+        self.last: tuple[Callable[[], Any], Table | None] = (_no_impl, None)
+
+
+_modes: weakref.WeakSet[DispatchCompileMode] = weakref.WeakSet()
+
+
+class DispatchCompileMode(TorchDispatchMode):
+    """Inside it, IR ops run as compiled code of the implementation that their dispatch chooses.
+
+    Scope is the ``with`` block and the thread. Calls are caught wherever they are made, also inside opaque custom
+    ops at any depth; see ``dispatch_compile._hooks`` for how. Every other op, and every call that cannot be compiled
+    rightly, behaves as if there were no mode. A mode may be entered again and again, also while it is entered, and
+    on several threads. Of nested modes the innermost that selects the op decides.
+
+    Make one mode and keep it: a new mode has a new cache unless it is given one.
+
+    Args:
+        ops: the IR ops to catch: IR op objects, ``OpOverload``s, ``OpOverloadPacket``s, namespace names,
+            ``"ns::name"``; None for every IR op known, now and later.
+        config: how to compile; :class:`CompileConfig` has the defaults.
+        cache: where compiled code is kept; by default a new :class:`NativeCache`.
+        trace: whether to record what is done with each call, in :attr:`trace`.
+
+    Raises:
+        ValueError, TypeError: an item of ``ops`` that is no IR op.
+    """
+
+    def __init__(
+        self,
+        *,
+        ops: Iterable[Any] | None = None,
+        config: CompileConfig | None = None,
+        cache: NativeCache | None = None,
+        trace: bool = False,
+    ) -> None:
+        super().__init__()
+        if config is not None and not isinstance(config, CompileConfig):
+            raise TypeError(f"DispatchCompileMode: config must be a CompileConfig, not {config!r}")
+        if cache is not None and not isinstance(cache, NativeCache):
+            raise TypeError(f"DispatchCompileMode: cache must be a NativeCache, not {cache!r}")
+        self.config = config or CompileConfig()
+        self.cache = cache if cache is not None else NativeCache()
+        self.trace = Trace() if trace else None
+        self._selects = _registry.selection(ops)
+        self._routes: dict[OpOverload, _Route] = {}
+        self._seen: list[weakref.ref[Op]] = []
+        self._caught: set[OpOverload] = set()
+        self._sync_lock = threading.Lock()
+        weakref.finalize(self, _hooks.release, self._caught)
+        _modes.add(self)
+
+    def __enter__(self) -> DispatchCompileMode:
+        if self.trace is not None or [ref() for ref in self._seen] != _registry.known_ops():
+            self._sync()
+        _thread.stack.append(self)
+        _thread.tracing += self.trace is not None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not _thread.stack or _thread.stack[-1] is not self:
+            raise RuntimeError("DispatchCompileMode: modes must be left in the reverse order of entering")
+        _thread.stack.pop()
+        _thread.tracing -= self.trace is not None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Change nothing: calls are caught further down, where they also come from opaque ops' bodies."""
+        return func(*args, **(kwargs or {}))
+
+    def _sync(self) -> None:
+        """Catch the ops that are known now, and no longer those that are gone."""
+        with self._sync_lock:
+            ops = _registry.known_ops()
+            routes = {
+                overload: self._routes.get(overload) or _Route(op, overload)
+                for op in ops
+                for overload in _registry.overloads(op)
+                if self._selects(op, overload)
+            }
+            wanted = set(routes)
+            if self.trace is not None:
+                wanted |= opaque_overloads()
+            gone, fresh = self._caught - wanted, wanted - self._caught
+            _hooks.release(gone)
+            _hooks.acquire(fresh, _kernel)
+            self._caught -= gone
+            self._caught |= fresh
+            self._seen = [weakref.ref(op) for op in ops]
+            self._routes = routes
+
+    def _run(
+        self, route: _Route, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: TraceEvent | None
+    ) -> Any:
+        op = route.op()
+        if op is None:
+            return _hooks.redispatch(route.overload, keyset, args, kwargs)
+        impl = op.dispatch(*args, **kwargs)
+        last, table = route.last
+        if last() is not impl:
+            table = self.cache.table(impl, self.config) if impl.provider in self.config.providers else None
+            route.last = (weakref.ref(impl), table)
+        if event is not None:
+            event.provider = impl.provider
+        if table is not None:
+            for entry in table.guarded:
+                result = entry.call(args, kwargs)
+                if result is not MISS:
+                    if result is RUN_NATIVELY:
+                        return self._run_natively(
+                            _Call(route, keyset, args, kwargs, event), entry.specialization
+                        )
+                    self.cache.counters.hits += 1
+                    if event is not None:
+                        event.compiled(entry.specialization.code.symbolic_shapes, new=False)
+                    return result
+            return self._run_unseen(_Call(route, keyset, args, kwargs, event), impl, table)
+        if event is not None:
+            event.not_compiled(PASSED, f"provider {impl.provider!r} is not in providers {self.config.providers}")
+        return _hooks.redispatch(route.overload, keyset, args, kwargs)
+
+    def _run_unseen(self, call: _Call, impl: Impl, table: Table) -> Any:
+        """A call that no exact guard admits: step aside, or find its specialization by key, or make it."""
+        arguments = flatten(call.route.parameters, call.args, call.kwargs)
+        reason = why_aside(arguments)
+        if reason is not None:
+            self.cache.counters.asides += 1
+            call.note(PASSED, reason)
+            return call.redispatch()
+        key = key_of(arguments)
+        failure = None
+        with compile_lock():
+            specialization = table.find(key, call.args, call.kwargs)
+            new = specialization is None
+            if specialization is None:
+                if _captures_cuda_graph(arguments):
+                    self.cache.counters.fallbacks += 1
+                    call.note(NATIVE, "not compiled yet, and a CUDA graph is being captured")
+                    return call.redispatch()
+                try:
+                    with _suspended_modes():
+                        specialization = specialize(call.route.overload, impl, arguments, self.config)
+                    self.cache.counters.compiles += specialization.code is not None
+                    table.add(key, specialization)
+                except CannotCompile as error:
+                    failure = error
+        if specialization is None:
+            assert failure is not None
+            return self._run_uncompilable(call, table, key, arguments, failure)
+        entry = table.add_guard(specialization, arguments)
+        if specialization.code is None:
+            return self._run_natively(call, specialization)
+        self.cache.counters.hits += 1
+        if call.event is not None:
+            call.event.compiled(specialization.code.symbolic_shapes, new)
+        return entry.call(call.args, call.kwargs)
+
+    def _run_uncompilable(
+        self, call: _Call, table: Table, key: Hashable, arguments: Arguments, failure: CannotCompile
+    ) -> Any:
+        """The first call of a specialization that cannot be compiled."""
+        result = call.redispatch()  # an error of the implementation itself comes out here, as in eager
+        specialization = Specialization(code=None, failure=str(failure), fatal=self.config.on_failure == "raise")
+        table.add(key, specialization)
+        table.add_guard(specialization, arguments)
+        self.cache.counters.fallbacks += 1
+        call.note(NATIVE, str(failure))
+        if specialization.fatal:
+            raise CompileError(str(failure)) from failure.__cause__
+        _log.warning("%s; it runs natively", failure)
+        warnings.warn(f"{failure}; it runs natively", DispatchCompileWarning, stacklevel=3)
+        return result
+
+    def _run_natively(self, call: _Call, specialization: Specialization) -> Any:
+        """A call whose specialization is known not to compile."""
+        reason = specialization.failure or ""
+        call.note(NATIVE, reason)
+        self.cache.counters.fallbacks += 1
+        if specialization.fatal:
+            raise CompileError(reason)
+        return call.redispatch()
+
+
+@dataclass
+class _Call:
+    """A caught call, on the paths where an object more does not matter."""
+
+    route: _Route
+    keyset: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    event: TraceEvent | None
+
+    def redispatch(self) -> Any:
+        return _hooks.redispatch(self.route.overload, self.keyset, self.args, self.kwargs)
+
+    def note(self, action: str, reason: str) -> None:
+        if self.event is not None:
+            self.event.not_compiled(action, reason)
+
+
+@contextmanager
+def _suspended_modes() -> Iterator[None]:
+    """No mode on this thread: the compiler's own calls of IR ops are none of ours."""
+    stack, _thread.stack = _thread.stack, []
+    try:
+        yield
+    finally:
+        _thread.stack = stack
+
+
+def _captures_cuda_graph(arguments: Arguments) -> bool:
+    on_cuda = any(leaf.value.is_cuda for leaf in arguments.tensors)
+    return on_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _kernel(overload: OpOverload) -> Callable[..., Any]:
+    """The kernel that catches calls of ``overload`` in every thread of the process."""
+
+    def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
+        stack = _thread.stack
+        if not stack:
+            return _hooks.redispatch(overload, keyset, args, kwargs)
+        if _thread.tracing:
+            return _run_traced(overload, keyset, args, kwargs)
+        for mode in reversed(stack):
+            route = mode._routes.get(overload)
+            if route is not None:
+                return mode._run(route, keyset, args, kwargs, None)
+        return _hooks.redispatch(overload, keyset, args, kwargs)
+
+    return kernel
+
+
+def _run_traced(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As the kernel does, in front of the traces of every mode entered on this thread."""
+    traces = list({id(mode.trace): mode.trace for mode in _thread.stack if mode.trace is not None}.values())
+    for mode in reversed(_thread.stack):
+        route = mode._routes.get(overload)
+        if route is not None:
+            event = TraceEvent.of(overload, args, kwargs)
+            for trace in traces:
+                trace.begin(event)
+            result = mode._run(route, keyset, args, kwargs, event)
+            event.result = described(result)
+            return result
+    with ExitStack() as calls:
+        opaque = [calls.enter_context(trace.opaque(overload, args, kwargs)) for trace in traces]
+        result = _hooks.redispatch(overload, keyset, args, kwargs)
+        for call in opaque:
+            call.result = described(result)
+        return result
+
+
+def _ops_changed() -> None:
+    for mode in list(_modes):
+        mode._sync()
+
+
+_registry.on_change(_ops_changed)

@@ -1,0 +1,239 @@
+"""Which ops are known: every source of IR ops that the package can find, and reference implementations
+that users register for ops of other libraries."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.library import infer_schema
+
+from ._torch_private import OpOverload, OpOverloadPacket, has_kernel
+
+if TYPE_CHECKING:
+    from ._ir import Op
+
+_sources: list[Callable[[], Iterable[Op]]] = []
+_listeners: list[Callable[[], None]] = []
+
+
+def add_source(source: Callable[[], Iterable[Op]]) -> None:
+    """Add a function that lists IR ops; it is called whenever a mode is entered, so it must be quick."""
+    _sources.append(source)
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """Call ``listener`` after an op was registered or removed through this package."""
+    _listeners.append(listener)
+
+
+def changed() -> None:
+    """Tell the listeners that an op was registered or removed."""
+    for listener in _listeners:
+        listener()
+
+
+def known_ops() -> list[Op]:
+    """Every IR op known now, from all sources."""
+    return [op for source in _sources for op in source()]
+
+
+def overloads(op: Op) -> Iterator[OpOverload]:
+    """The torch ops by which ``op`` is called: the functional one and, if it has one, ``maybe_inplace``."""
+    yield op.torch_op
+    inplace = getattr(op, "maybe_inplace", None)
+    if inplace is not None:
+        yield inplace.torch_op
+
+
+class NativeImpl:
+    """The reference implementation given to :func:`register_native`."""
+
+    provider = "native"
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.impl_fn = fn
+
+    def func_impl_fn(self, *args: Any, **kwargs: Any) -> Any:
+        return self.impl_fn(*args, **kwargs)
+
+
+class NativeOp:
+    """An op of another library together with its reference implementation."""
+
+    registry: dict[OpOverload, NativeOp] = {}  # noqa: RUF012 - one registry for the class, as in IrOp
+
+    def __init__(self, torch_op: OpOverload, fn: Callable[..., Any], activations: list[str]) -> None:
+        self.torch_op = torch_op
+        self.activations = activations
+        self._impl = NativeImpl(fn)
+
+    def dispatch(self, *args: Any, **kwargs: Any) -> NativeImpl:
+        return self._impl
+
+
+add_source(lambda: NativeOp.registry.values())
+_registry_lock = threading.Lock()
+
+
+class NativeHandle:
+    """What :func:`register_native` returns; :meth:`remove` undoes the registration."""
+
+    def __init__(self, op: OpOverload) -> None:
+        self._op: OpOverload | None = op
+
+    def remove(self) -> None:
+        """Forget the reference implementation; what was compiled of it is freed. Harmless when repeated."""
+        with _registry_lock:
+            op, self._op = self._op, None
+            if op is None:
+                return
+            del NativeOp.registry[op]
+        changed()
+
+
+def register_native(
+    op: OpOverload | OpOverloadPacket | str,
+    fn: Callable[..., Any],
+    *,
+    activations: Sequence[str] | None = None,
+) -> NativeHandle:
+    """Give an op of any library a reference implementation, which runs compiled inside a mode.
+
+    Args:
+        op: ``torch.ops.ns.name.overload``, ``torch.ops.ns.name`` if it has one overload, or ``"ns::name"``.
+        fn: plain PyTorch, a function of its arguments alone, with type hints and the op's own schema.
+        activations: parameters whose dimension 0 is the token dimension; by default those that start with ``x``.
+
+    Returns:
+        A handle whose ``remove()`` undoes the registration.
+
+    Raises:
+        ValueError: no such op, schemas that differ (both are named), an op that already has a reference
+            implementation or a BackendSelect kernel, an activation that is no parameter.
+        TypeError: ``op`` is none of the above.
+    """
+    overload = _overload(op)
+    schema = overload._schema
+    _check_schema(overload, fn)
+    names = [argument.name for argument in schema.arguments]
+    if activations is None:
+        activations = [name for name in names if name.startswith("x")]
+    missing = [name for name in activations if name not in names]
+    if missing:
+        raise ValueError(f"register_native: {overload}: activations {missing} are not among {names}")
+    if has_kernel(overload, "BackendSelect"):
+        raise ValueError(
+            f"register_native: {overload} has a BackendSelect kernel of its own (it picks a device from an "
+            f"argument), so its calls cannot be intercepted"
+        )
+    with _registry_lock:
+        if overload in NativeOp.registry or any(overload in overloads(known) for known in known_ops()):
+            raise ValueError(f"register_native: {overload} already has a native implementation")
+        NativeOp.registry[overload] = NativeOp(overload, fn, list(activations))
+    changed()
+    return NativeHandle(overload)
+
+
+def _overload(op: OpOverload | OpOverloadPacket | str) -> OpOverload:
+    if isinstance(op, OpOverload):
+        return op
+    if isinstance(op, str):
+        namespace, _, rest = op.partition("::")
+        name, _, overload_name = rest.partition(".")
+        packet = getattr(getattr(torch.ops, namespace), name, None) if rest else None
+        if packet is None:
+            raise ValueError(f'register_native: no op {op!r}; write "namespace::name" of a registered op')
+        op = getattr(packet, overload_name, None) if overload_name else packet
+        if op is None:
+            raise ValueError(f"register_native: {packet} has no overload {overload_name!r}")
+        return _overload(op)
+    if isinstance(op, OpOverloadPacket):
+        candidates = op.overloads()
+        if len(candidates) != 1:
+            raise ValueError(f"register_native: {op} has the overloads {candidates}; name the one you mean")
+        return getattr(op, candidates[0])
+    raise TypeError(
+        f"register_native: op must be an OpOverload (torch.ops.ns.name.default) or 'ns::name', not {op!r}"
+    )
+
+
+def _check_schema(overload: OpOverload, fn: Callable[..., Any]) -> None:
+    wanted = overload._schema
+    mutated = [a.name for a in wanted.arguments if a.alias_info is not None and a.alias_info.is_write]
+    try:
+        inferred = infer_schema(fn, mutates_args=mutated)
+    except ValueError as error:
+        raise ValueError(
+            f"register_native: no schema can be made of the reference implementation's signature: {error}\n"
+            f"The op's schema is {wanted}"
+        ) from error
+    if _comparable(torch._C.parse_schema(f"{overload.name()}{inferred}")) != _comparable(wanted):
+        raise ValueError(
+            f"register_native: the reference implementation's schema differs from the op's:\n"
+            f"  implementation: {inferred}\n  {overload}: {wanted}"
+        )
+
+
+def _comparable(schema: torch._C.FunctionSchema) -> object:
+    """A schema without what an op's author may write in two ways: ``int`` or ``SymInt``, names of alias sets."""
+
+    def plain(type_: object) -> str:
+        return str(type_).replace("SymInt", "int")
+
+    arguments = [
+        (a.name, plain(a.type), repr(a.default_value), a.kwarg_only, bool(a.alias_info and a.alias_info.is_write))
+        for a in schema.arguments
+    ]
+    return arguments, [plain(r.type) for r in schema.returns]
+
+
+def selection(ops: Iterable[Any] | None) -> Callable[[Op, OpOverload], bool]:
+    """The test whether a mode's ``ops=`` selects an overload of an IR op.
+
+    Raises:
+        ValueError: an item that names no IR op known now.
+        TypeError: an item of another kind.
+    """
+    if ops is None:
+        return lambda op, overload: True
+    if isinstance(ops, (str, OpOverload, OpOverloadPacket)) or not isinstance(ops, Iterable):
+        ops = (ops,)
+    tests = [_item_test(item) for item in ops]
+
+    def selects(op: Op, overload: OpOverload) -> bool:
+        return any(test(op, overload) for test in tests)
+
+    return selects
+
+
+def _item_test(item: Any) -> Callable[[Op, OpOverload], bool]:
+    test: Callable[[Op, OpOverload], bool]
+    if isinstance(item, str):
+        test = lambda op, overload: item in (overload.namespace, overload._schema.name, overload.name())  # noqa: E731
+        what = f"namespace or op {item!r}"
+    elif isinstance(item, OpOverload):
+        test = lambda op, overload: overload is item  # noqa: E731
+        what = f"op {item}"
+    elif isinstance(item, OpOverloadPacket):
+        test = lambda op, overload: overload.overloadpacket is item  # noqa: E731
+        what = f"op {item}"
+    elif hasattr(item, "torch_op"):
+        wanted = set(overloads(item))
+        test = lambda op, overload: overload in wanted  # noqa: E731
+        what = f"op {item}"
+    else:
+        raise TypeError(
+            f"ops: {item!r} is not an IR op; give IrOp objects, OpOverloads, OpOverloadPackets, "
+            f"namespace names or 'ns::name'"
+        )
+    known = known_ops()
+    if not any(test(op, overload) for op in known for overload in overloads(op)):
+        namespaces = sorted({op.torch_op.namespace for op in known})
+        raise ValueError(
+            f"ops: no IR op is known for {what} (namespaces with IR ops: {namespaces}). Import the library that "
+            f"registers it first, or give the op a reference implementation with dispatch_compile.register_native"
+        )
+    return test

@@ -1,0 +1,270 @@
+"""What of a call's arguments is baked into compiled code, what stays dynamic, and which guards tell.
+
+- Baked in: dtypes, devices, ranks, every size and stride but those below, scalars, strings, ``None``, lists'
+  lengths, and torch's global state.
+- Dynamic: dimension 0 of each activation (the token dimension) from two tokens up, and the strides that are
+  multiples of it. No tokens and one token specialize, as everywhere in torch.
+
+:func:`why_aside` names what the package does not compile for. :func:`key_of` identifies the specialization that
+a call needs. :func:`guarded` makes the check, as generated code, that lets a later call skip both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._torch_private import (
+    GlobalStateGuard,
+    OpOverload,
+    TensorGuards,
+    dispatch_modes_active,
+    dual_level,
+    global_state,
+    is_functorch_wrapped,
+    is_zero_tensor,
+)
+
+_SCALARS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of an op, as a call's arguments are read: names by position, and the activations."""
+
+    names: tuple[str, ...]
+    activations: frozenset[str]
+
+    @staticmethod
+    def of(overload: OpOverload, activations: Sequence[str]) -> Parameters:
+        return Parameters(tuple(a.name for a in overload._schema.arguments), frozenset(activations))
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One argument, or one item of a list argument."""
+
+    name: str  # as a person writes it: x, weights[1]
+    source: str  # as generated code reads it: args[0], kwargs['weights'][1]
+    value: Any
+    dynamic: bool  # whether dimension 0 is the token dimension and there are at least two tokens
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A call's arguments, flattened."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    leaves: tuple[Leaf, ...]
+    lists: tuple[tuple[str, int], ...]  # source and length of each list argument
+
+    @property
+    def tensors(self) -> list[Leaf]:
+        return [leaf for leaf in self.leaves if isinstance(leaf.value, torch.Tensor)]
+
+
+def flatten(parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    """Read the arguments of a call as the dispatcher gives them (fact: by position, trailing defaults dropped)."""
+    leaves: list[Leaf] = []
+    lists: list[tuple[str, int]] = []
+    named = [(parameters.names[i], f"args[{i}]", value) for i, value in enumerate(args)]
+    named += [(name, f"kwargs[{name!r}]", value) for name, value in kwargs.items()]
+    for name, source, value in named:
+        activation = name in parameters.activations
+        if isinstance(value, (list, tuple)):
+            lists.append((source, len(value)))
+            for i, item in enumerate(value):
+                leaves.append(_leaf(f"{name}[{i}]", f"{source}[{i}]", item, activation))
+        else:
+            leaves.append(_leaf(name, source, value, activation))
+    return Arguments(args, kwargs, tuple(leaves), tuple(lists))
+
+
+def _leaf(name: str, source: str, value: Any, activation: bool) -> Leaf:
+    dynamic = activation and isinstance(value, torch.Tensor) and value.dim() > 0 and value.size(0) >= 2
+    return Leaf(name, source, value, dynamic)
+
+
+def why_aside(arguments: Arguments) -> str | None:
+    """Why a call with these arguments, now, on this thread, must run as if there were no mode; None if it may not.
+
+    Compiled code is only ever made for plain strided tensors outside autograd; the rest is the caller's business.
+    """
+    if dispatch_modes_active():
+        return "another dispatch mode watches the op's body"
+    if dual_level() >= 0:
+        return "forward-mode AD is active"
+    grad = torch.is_grad_enabled()
+    for leaf in arguments.leaves:
+        value = leaf.value
+        if not isinstance(value, torch.Tensor):
+            if value is not None and not isinstance(value, _SCALARS):
+                return f"{leaf.name} is a {type(value).__name__}"
+            continue
+        reason = _why_not_plain(value)
+        if reason is None and grad and value.requires_grad:
+            reason = "requires grad and grad mode is on"
+        if reason is not None:
+            return f"{leaf.name} {reason}"
+        if torch.is_autocast_enabled(value.device.type):
+            return f"autocast is on for {value.device.type}"
+    return None
+
+
+def _why_not_plain(tensor: torch.Tensor) -> str | None:
+    kind = type(tensor)
+    overridden = kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+    if kind is not torch.Tensor and (overridden or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__):
+        return f"is a {kind.__name__}"
+    if tensor.is_meta:
+        return "is on the meta device"
+    if tensor.layout is not torch.strided:
+        return f"is {str(tensor.layout).removeprefix('torch.')}"
+    if tensor.is_nested:
+        return "is nested"
+    if tensor.is_quantized:
+        return "is quantized"
+    if tensor.is_conj() or tensor.is_neg():
+        return "is a lazy conjugate or negative"
+    if is_functorch_wrapped(tensor):
+        return "is wrapped by a functorch transform"
+    if is_zero_tensor(tensor):
+        return "is a zero tensor without storage"
+    return None
+
+
+def key_of(arguments: Arguments) -> Hashable:
+    """What identifies the specialization for these arguments; equal keys mean that one capture serves both,
+    as long as its guards on the dynamic sizes hold."""
+    return (
+        global_state(),
+        torch.get_float32_matmul_precision(),
+        len(arguments.args),
+        tuple(arguments.kwargs),
+        arguments.lists,
+        tuple(map(_leaf_key, arguments.leaves)),
+    )
+
+
+def _leaf_key(leaf: Leaf) -> Hashable:
+    value = leaf.value
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.device, sizes(leaf), strides(leaf))
+    if isinstance(value, (float, complex)):
+        return (type(value), repr(value))  # tells 0.0 from -0.0, and NaN equals itself
+    return (type(value), value)
+
+
+TOKENS = "tokens"
+
+
+def sizes(leaf: Leaf) -> tuple[int | str, ...]:
+    """The sizes of a tensor leaf, with :data:`TOKENS` for the dynamic one."""
+    shape = tuple(leaf.value.shape)
+    return (TOKENS, *shape[1:]) if leaf.dynamic else shape
+
+
+def strides(leaf: Leaf) -> tuple[int | tuple[str, int], ...]:
+    """The strides of a tensor leaf; ``(TOKENS, k)`` stands for ``k`` times the number of tokens.
+
+    In a column-major activation the outer strides grow with the number of tokens.
+    """
+    given: tuple[int, ...] = leaf.value.stride()
+    if not leaf.dynamic or not given[0]:
+        return given
+    span = leaf.value.size(0) * given[0]
+    return tuple(
+        (TOKENS, stride // leaf.value.size(0)) if i and stride >= span and not stride % span else stride
+        for i, stride in enumerate(given)
+    )
+
+
+MISS = object()
+
+_GUARD_GLOBALS = {
+    "copysign": math.copysign,
+    "forward_ad": torch.autograd.forward_ad,
+    "matmul_precision": torch.get_float32_matmul_precision,
+    "MISS": MISS,
+}
+
+
+def guarded(
+    arguments: Arguments,
+    shape_guard: str | None,
+    result: str,
+    names: Mapping[str, Any],
+) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Any]:
+    """Generate ``call(args, kwargs)``: the value of ``result`` if every guard holds, else :data:`MISS`.
+
+    Args:
+        arguments: a call for which the guards hold now; its tensors and the global state are the pattern.
+        shape_guard: an expression on the dynamic sizes, in terms of the leaves' sources; None for none.
+        result: an expression in terms of ``args``, ``kwargs`` and ``names``.
+        names: what ``shape_guard`` and ``result`` refer to.
+    """
+    scope: dict[str, Any] = {**names, **_GUARD_GLOBALS, "state_unchanged": GlobalStateGuard().check}
+    checks = [f"len(args) == {len(arguments.args)}"]
+    if arguments.kwargs:
+        checks.append(f"kwargs.keys() == {set(arguments.kwargs)!r}")
+    else:
+        checks.append("not kwargs")
+    checks += [f"type({source}) in (list, tuple) and len({source}) == {n}" for source, n in arguments.lists]
+    for i, leaf in enumerate(arguments.leaves):
+        if not isinstance(leaf.value, torch.Tensor):
+            checks.append(_value_guard(leaf, f"value_{i}", scope))
+    tensors = arguments.tensors
+    if tensors:
+        scope["tensors_match"] = _tensor_guards(tensors).check
+        checks.append(f"tensors_match({', '.join(leaf.source for leaf in tensors)})")
+    checks += ["state_unchanged()", "forward_ad._current_level < 0"]
+    checks.append(f"matmul_precision() == {torch.get_float32_matmul_precision()!r}")
+    if shape_guard:
+        checks.append(f"({shape_guard})")
+    conditions = "\n        and ".join(checks)
+    code = f"def call(args, kwargs):\n    if (\n        {conditions}\n    ):\n        return {result}\n    return MISS\n"
+    exec(compile(code, "<dispatch_compile guards>", "exec"), scope)
+    call: Callable[[tuple[Any, ...], Mapping[str, Any]], Any] = scope["call"]
+    return call
+
+
+def shape_check(
+    shape_guard: str | None, names: Mapping[str, Any]
+) -> Callable[[tuple[Any, ...], Mapping[str, Any]], bool]:
+    """``check(args, kwargs)``: whether a guard on the dynamic sizes holds for arguments of the right key."""
+    check: Callable[[tuple[Any, ...], Mapping[str, Any]], bool]
+    check = eval(f"lambda args, kwargs: {shape_guard or True}", dict(names))
+    return check
+
+
+def _tensor_guards(tensors: Sequence[Leaf]) -> Any:
+    def known(dims: Sequence[Any]) -> list[int | None]:
+        return [dim if isinstance(dim, int) else None for dim in dims]
+
+    return TensorGuards(
+        *(leaf.value for leaf in tensors),
+        dynamic_dims_sizes=[known(sizes(leaf)) for leaf in tensors],
+        dynamic_dims_strides=[known(strides(leaf)) for leaf in tensors],
+    )
+
+
+def _value_guard(leaf: Leaf, constant: str, scope: dict[str, Any]) -> str:
+    value, source = leaf.value, leaf.source
+    if value is None or isinstance(value, bool):
+        return f"{source} is {value}"
+    scope[constant] = value
+    scope[f"{constant}_type"] = type(value)
+    typed = f"type({source}) is {constant}_type and "
+    if isinstance(value, float):
+        if math.isnan(value):
+            return f"{typed}{source} != {source}"
+        if value == 0.0:
+            return f"{typed}{source} == 0.0 and copysign(1.0, {source}) == {math.copysign(1.0, value)}"
+    if isinstance(value, complex):
+        return f"{typed}repr({source}) == {repr(value)!r}"
+    return f"{typed}{source} == {constant}"

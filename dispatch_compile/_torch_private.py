@@ -1,0 +1,182 @@
+"""Every private torch name that the package uses, each with the reason. Nothing else imports one.
+
+``tests/test_torch_private.py`` fails by name when torch changes any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._C import (
+    DispatchKey,
+    _dispatch_get_all_op_names,
+    _dispatch_has_kernel_for_dispatch_key,
+    _dispatch_keyset_full_after,
+    _len_torch_dispatch_stack,
+)
+
+# torch.compile's own C++ guards: one call checks what fact 9 of a Python key would take twenty for.
+from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
+
+# The class behind torch.library.custom_op, to tell a decorated op from a function.
+from torch._library.custom_ops import CustomOpDef
+
+# OpOverload and OpOverloadPacket have no public name; torch.ops hands them out.
+from torch._ops import OpOverload, OpOverloadPacket
+
+# TorchDispatchMode's documented home is this private module.
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# The keys that a kernel at BackendSelect hands a call on to: the backend's own.
+BELOW_BACKEND_SELECT = _dispatch_keyset_full_after(DispatchKey.BackendSelect)
+
+# "ns::name.overload" of every op registered; torch.ops lists only what Python has touched.
+all_op_names: Callable[[], list[str]] = _dispatch_get_all_op_names
+
+# Non-zero while a TorchDispatchMode would see the ops in a native implementation's body.
+dispatch_modes_active: Callable[[], int] = _len_torch_dispatch_stack
+
+
+def has_kernel(overload: OpOverload, dispatch_key: str) -> bool:
+    """Whether the op has a kernel of its own at ``dispatch_key``."""
+    return bool(_dispatch_has_kernel_for_dispatch_key(overload.name(), dispatch_key))
+
+
+def global_state() -> str:
+    """torch.compile's snapshot of the global state that changes what is captured, as JSON text."""
+    return str(GlobalStateGuard().__getstate__())
+
+
+def dual_level() -> int:
+    """The current forward-mode AD level, -1 outside; tensors do not show that they are dual."""
+    return int(torch.autograd.forward_ad._current_level)
+
+
+def is_functorch_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a functorch transform (vmap, grad, functionalize) wraps ``tensor``; its type does not tell."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def is_zero_tensor(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is autograd's storage-less zero; no public test exists."""
+    return bool(tensor._is_zerotensor())
+
+
+def wrap_custom_op_kernels(op: CustomOpDef, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace each kernel of a ``torch.library.custom_op`` by ``wrap(kernel)``; the public API cannot read them."""
+    for device_type, kernel in list(op._backend_fns.items()):
+        op.register_kernel(device_type, wrap(kernel))
+
+
+# ---- Capture and compilation. Importing Dynamo and Inductor takes seconds, so each function does it when called.
+# Fake tensors, symbolic shapes and make_fx are how torch itself captures; only torch.export wraps them publicly,
+# and it captures programs, not calls.
+
+
+def new_shape_env() -> Any:
+    """A ShapeEnv: the symbols of one capture and what is assumed of them."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return ShapeEnv()
+
+
+def new_fake_mode(shape_env: Any) -> Any:
+    """A FakeTensorMode that refuses real tensors: an implementation reads its arguments alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(shape_env=shape_env)
+
+
+def dynamic_size(shape_env: Any, size: int, tensor_name: str) -> torch.SymInt:
+    """A fresh symbol for dimension 0 of the tensor that guards will call ``L[tensor_name]``."""
+    from torch._dynamo.source import LocalSource, TensorProperty, TensorPropertySource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source = TensorPropertySource(LocalSource(tensor_name), TensorProperty.SIZE, 0)
+    symbol = shape_env.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC)
+    size_symbol: torch.SymInt = shape_env.create_symintnode(symbol, hint=size, source=source)
+    return size_symbol
+
+
+def trace(fn: Callable[..., Any], fakes: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+    """The ATen graph of ``fn`` on fake tensors."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(fn, tracing_mode="symbolic")(*fakes)
+
+
+def shape_guard_names() -> dict[str, Any]:
+    """The names that text from ``ShapeEnv.produce_guards_expression`` refers to."""
+    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+
+    return dict(SYMPY_INTERP)
+
+
+def compile_lock() -> Any:
+    """Dynamo's lock: Inductor keeps state in globals, and torch.compile on another thread takes this one."""
+    from torch._dynamo.convert_frame import compile_lock as lock
+
+    return lock
+
+
+class InductorCode:
+    """Inductor's code for a graph, called below the wrappers that torch.compile puts around it."""
+
+    def __init__(self, code: Any) -> None:
+        self._code = code  # its finalizer takes the callable apart
+        self.run: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]] = code.current_callable
+        self.source: str = code.source_code
+
+
+def inductor_compile(
+    graph: torch.fx.GraphModule, inputs: list[torch.Tensor], options: Mapping[str, Any]
+) -> InductorCode:
+    """Compile a graph whose outputs are fresh tensors and which changes no input.
+
+    ``torch._inductor.standalone_compile`` is the public way, but its artifact costs more per call than the code.
+    """
+    from torch._functorch import config as functorch_config
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    compiled: list[tuple[Any, int, int]] = []
+
+    def inner_compile(graph: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        code = compile_fx_inner(graph, inputs, **kwargs)
+        compiled.append((code, len(inputs), _output_count(graph)))
+        return code
+
+    expected = (len(inputs), _output_count(graph))
+    fake_mode = next((fake.fake_mode for fake in inputs), None)  # type: ignore[attr-defined]
+    with (
+        tracing(TracingContext(fake_mode)),
+        functorch_config.patch(enable_autograd_cache=False),  # a hit there skips inner_compile
+        torch.no_grad(),
+    ):
+        compile_fx(graph, inputs, inner_compile=inner_compile, config_patches=dict(options))
+    if [tuple(counts) for _, *counts in compiled] != [expected]:
+        raise RuntimeError(
+            f"AOTAutograd changed the graph's {expected[0]} inputs or {expected[1]} outputs: {compiled}"
+        )
+    return InductorCode(compiled[0][0])
+
+
+def _output_count(graph: torch.fx.GraphModule) -> int:
+    return len(next(iter(reversed(graph.graph.nodes))).args[0])
+
+
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """A torch.compile backend by its registered name; ``torch.compiler`` lists them but does not hand them out."""
+    from torch._dynamo import lookup_backend as lookup
+
+    backend: Callable[..., Any] = lookup(name)
+    return backend
+
+
+def dtype_abbreviation(dtype: torch.dtype) -> str:
+    """The short name that torch's own traces use: ``bf16``, ``f8e4m3fn``."""
+    from torch.utils._dtype_abbrs import dtype_abbrs
+
+    return dtype_abbrs.get(dtype, str(dtype).removeprefix("torch."))
