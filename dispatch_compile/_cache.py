@@ -6,12 +6,14 @@ code with it.
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from . import _registry
 from ._compilation import Specialization
 from ._config import CompileConfig
 from ._specialization import Arguments
@@ -59,6 +61,10 @@ class Table:
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of everything."""
         self.guarded: tuple[Guarded, ...] = ()
         self._by_key: dict[Hashable, list[Specialization]] = {}
 
@@ -80,38 +86,58 @@ class Table:
         return entry
 
 
+class _Entry:
+    """What a cache holds for one implementation: the op that it belongs to, and its tables."""
+
+    def __init__(self, op: Any) -> None:
+        self.op = weakref.ref(op)
+        self.tables: dict[CompileConfig, Table] = {}
+
+    def drop(self) -> None:
+        """Let go of the code. Modes remember tables, so these are emptied, not only forgotten."""
+        for table in self.tables.values():
+            table.clear()
+
+
 class NativeCache:
     """Compiled code of native implementations, shared by the modes that are given the same cache.
 
     ``len(cache)`` is the number of implementations alive in it. Code compiled under one configuration is never
-    used under another. Code is freed when its implementation is: the cache does not keep implementations alive.
+    used under another. Code is freed with its implementation, which the cache does not keep alive, and at the next
+    full garbage collection after its op has left its registry.
     """
 
     def __init__(self) -> None:
         self.counters = Counters()
-        self._tables: weakref.WeakKeyDictionary[Any, dict[CompileConfig, Table]] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
+        self._entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()  # garbage collection may strike inside
+        _caches.add(self)
 
     def __len__(self) -> int:
-        return len(self._tables)
+        return len(self._entries)
 
-    def table(self, impl: Any, config: CompileConfig) -> Table:
-        """The specializations of an implementation under a configuration, made on first use."""
+    def table(self, op: Any, impl: Any, config: CompileConfig) -> Table:
+        """The specializations of an op's implementation under a configuration, made on first use."""
         with self._lock:
-            return self._tables.setdefault(impl, {}).setdefault(config, Table())
-
-    def forget(self, impl: Any) -> None:
-        """Drop what was compiled of one implementation."""
-        with self._lock:
-            self._tables.pop(impl, None)
+            entry = self._entries.get(impl)
+            if entry is None:
+                entry = self._entries[impl] = _Entry(op)
+            return entry.tables.setdefault(config, Table())
 
     def clear(self) -> None:
         """Drop all compiled code; the next calls compile again. The counts go on."""
+        self._drop(lambda entry: True)
+
+    def drop_unregistered(self, known: Container[Any]) -> None:
+        """Drop the code of ops that are not among the ``known`` ones."""
+        self._drop(lambda entry: entry.op() not in known)
+
+    def _drop(self, condition: Callable[[_Entry], bool]) -> None:
         with self._lock:
-            for tables in self._tables.values():
-                for table in tables.values():
-                    table.__init__()  # type: ignore[misc]  # modes hold tables, so they are emptied in place
-            self._tables.clear()
+            for impl, entry in list(self._entries.items()):
+                if condition(entry):
+                    entry.drop()
+                    del self._entries[impl]
 
     def stats(self) -> CacheStats:
         """The counts of this cache."""
@@ -119,3 +145,21 @@ class NativeCache:
 
     def __repr__(self) -> str:
         return f"NativeCache({len(self)} implementations, {self.stats()})"
+
+
+_caches: weakref.WeakSet[NativeCache] = weakref.WeakSet()
+
+
+def _drop_unregistered(phase: str, info: Mapping[str, int]) -> None:
+    """Before a full garbage collection, let go of the code of ops that have left their registry.
+
+    Nothing else tells: a registry may be a plain dict (vLLM's is), and torch keeps an op's Python kernels, with all
+    that they refer to, for ever, so an implementation in them is never freed.
+    """
+    if phase == "start" and info["generation"] == 2:
+        known = _registry.known_ops()
+        for cache in list(_caches):
+            cache.drop_unregistered(known)
+
+
+gc.callbacks.append(_drop_unregistered)

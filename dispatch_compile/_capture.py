@@ -25,20 +25,32 @@ class StepAside(Exception):
 
 @dataclass
 class Captured:
-    """An implementation as a graph of its tensor arguments.
+    """An implementation as a graph of its dynamic sizes and its tensor arguments, in this order.
 
-    ``guards`` must be called after compilation, which may add to the assumptions.
+    Inductor wants every symbol among the inputs. ``guards`` must be called after compilation, which may add to the
+    assumptions.
     """
 
     graph: GraphModule
-    inputs: list[torch.Tensor]  # fake
+    token_counts: dict[str, torch.SymInt]  # by the source that reads it: args[0].size(0)
+    fakes: list[torch.Tensor]
     shape_env: Any
     result: str  # expression that makes the op's result of `{}`, the list of output tensors
     arguments: Arguments
 
+    @property
+    def inputs(self) -> list[Any]:
+        """What the graph takes, as symbols and fake tensors."""
+        return [*self.token_counts.values(), *self.fakes]
+
+    @property
+    def input_sources(self) -> list[str]:
+        """Expressions for what the graph takes, in terms of a call's ``args`` and ``kwargs``."""
+        return [*self.token_counts, *(leaf.source for leaf in self.arguments.tensors)]
+
     def guards(self) -> str | None:
         """What must hold of the dynamic sizes, as an expression in terms of the leaves' sources; None if nothing."""
-        text = self.shape_env.produce_guards_expression(self.inputs)
+        text = self.shape_env.produce_guards_expression(self.fakes)
         if text is None:
             return None
         sources = [leaf.source for leaf in self.arguments.tensors]
@@ -49,7 +61,7 @@ class Captured:
         """The inputs' sizes, for people: ``[s0, 4096], [4096]``, symbols numbered in order of appearance."""
         symbols: dict[str, str] = {}
         shapes = []
-        for fake in self.inputs:
+        for fake in self.fakes:
             dims = [
                 str(size) if size.isdecimal() else symbols.setdefault(size, f"s{len(symbols)}")
                 for size in map(str, fake.shape)
@@ -67,40 +79,45 @@ def capture(fn: Callable[..., Any], arguments: Arguments) -> Captured:
     """
     shape_env = new_shape_env()
     fake_mode = new_fake_mode(shape_env)
-    fakes = _fake_inputs(arguments, shape_env, fake_mode)
+    token_counts, fakes = _fake_inputs(arguments, shape_env, fake_mode)
     result_of = ""
 
-    def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    def flat(*inputs: Any) -> list[torch.Tensor]:
         nonlocal result_of
+        tensors = inputs[len(token_counts) :]
         result = fn(*_rebuilt_args(arguments, tensors), **_rebuilt_kwargs(arguments, tensors))
         outputs, result_of = _flat_outputs(result)
         _check_outputs(outputs, tensors, arguments)
         return outputs
 
     try:
-        graph = trace(flat, fakes)
+        graph = trace(flat, [*token_counts.values(), *fakes])
     except StepAside:
         raise
     except Exception as error:
         raise CannotCapture(first_line(error)) from error
     _check_graph(graph, arguments)
-    return Captured(graph, fakes, shape_env, result_of, arguments)
+    return Captured(graph, token_counts, fakes, shape_env, result_of, arguments)
 
 
-def _fake_inputs(arguments: Arguments, shape_env: Any, fake_mode: Any) -> list[torch.Tensor]:
+def _fake_inputs(
+    arguments: Arguments, shape_env: Any, fake_mode: Any
+) -> tuple[dict[str, torch.SymInt], list[torch.Tensor]]:
     """A fake for every tensor leaf, each with storage of its own: a tensor given twice is two inputs."""
-    tokens: dict[int, Any] = {}  # activations with as many tokens share the symbol, as their guards then say
+    symbols: dict[int, torch.SymInt] = {}  # activations with as many tokens share the symbol, as guards then say
+    token_counts: dict[str, torch.SymInt] = {}
     fakes = []
     for i, leaf in enumerate(arguments.tensors):
         tensor = leaf.value
-        if leaf.dynamic and tensor.size(0) not in tokens:
-            tokens[tensor.size(0)] = dynamic_size(shape_env, tensor.size(0), f"t{i}")
-        count = tokens.get(tensor.size(0))
+        if leaf.dynamic and tensor.size(0) not in symbols:
+            symbol = symbols[tensor.size(0)] = dynamic_size(shape_env, tensor.size(0), f"t{i}")
+            token_counts[f"{leaf.source}.size(0)"] = symbol
+        count: Any = symbols[tensor.size(0)] if leaf.dynamic else None
         size = [count if dim == TOKENS else dim for dim in sizes(leaf)]
         stride = [count * dim[1] if isinstance(dim, tuple) else dim for dim in strides(leaf)]
         with fake_mode:
             fakes.append(torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device))
-    return fakes
+    return token_counts, fakes
 
 
 def _rebuilt_args(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> list[Any]:
@@ -154,7 +171,8 @@ def _check_outputs(outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor], 
 def _check_graph(graph: GraphModule, arguments: Arguments) -> None:
     nodes = list(graph.graph.nodes)
     inputs = [node.meta["val"] for node in nodes if node.op == "placeholder"]
-    owners = {_storage(fake): leaf.name for fake, leaf in zip(inputs, arguments.tensors, strict=True)}
+    fakes = [value for value in inputs if isinstance(value, torch.Tensor)]
+    owners = {_storage(fake): leaf.name for fake, leaf in zip(fakes, arguments.tensors, strict=True)}
     for node in nodes:
         if not isinstance(node.target, OpOverload):
             continue

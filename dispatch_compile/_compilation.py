@@ -19,8 +19,12 @@ from ._torch_private import OpOverload, inductor_compile, lookup_backend, shape_
 
 _log = logging.getLogger("dispatch_compile")
 
-# Our guards compare every size and stride before the code runs; Inductor's own asserts would do it again.
-_INDUCTOR_DEFAULTS: Mapping[str, Any] = {"size_asserts": False}
+_INDUCTOR_DEFAULTS: Mapping[str, Any] = {
+    # Our guards compare every size and stride before the code runs; the code need not do it again.
+    "size_asserts": False,
+    # Round where the native implementation rounds, so that compiling changes results as little as it can.
+    "emulate_precision_casts": True,
+}
 
 # What a guarded call gives for arguments whose specialization has no code.
 RUN_NATIVELY = object()
@@ -34,7 +38,8 @@ class CannotCompile(Exception):
 class Code:
     """Compiled code for one specialization."""
 
-    run: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]  # takes a list that it may empty
+    run: Callable[[list[Any]], Sequence[torch.Tensor]]  # takes a list that it may empty
+    inputs: str  # expression that makes the list of the call's args and kwargs
     source: str | None  # the text of the generated code, if the backend generates any
     shape_guard: str | None  # what must hold of the dynamic sizes
     result: str  # expression that makes the op's result of `{}`, the list of output tensors
@@ -57,9 +62,8 @@ class Specialization:
         """``call(args, kwargs)`` that runs the code for arguments like these, and gives MISS for any other."""
         if self.code is None:
             return guarded(arguments, None, "RUN_NATIVELY", {"RUN_NATIVELY": RUN_NATIVELY})
-        inputs = ", ".join(leaf.source for leaf in arguments.tensors)
         names = {**shape_guard_names(), "run": self.code.run}
-        return guarded(arguments, self.code.shape_guard, self.code.result.format(f"run([{inputs}])"), names)
+        return guarded(arguments, self.code.shape_guard, self.code.result.format(f"run({self.code.inputs})"), names)
 
 
 def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: CompileConfig) -> Specialization:
@@ -93,7 +97,7 @@ def _what(overload: OpOverload, impl: Impl) -> str:
 
 
 def _compile(captured: Captured, config: CompileConfig) -> Code:
-    run: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
+    run: Callable[[list[Any]], Sequence[torch.Tensor]]
     source = None
     if config.backend == "inductor":
         inductor = inductor_compile(captured.graph, captured.inputs, {**_INDUCTOR_DEFAULTS, **config.options})
@@ -102,9 +106,11 @@ def _compile(captured: Captured, config: CompileConfig) -> Code:
         backend = lookup_backend(config.backend) if isinstance(config.backend, str) else config.backend
         compiled = backend(captured.graph, captured.inputs)
 
-        def run(inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        def run(inputs: list[Any]) -> Sequence[torch.Tensor]:
             outputs: Sequence[torch.Tensor] = compiled(*inputs)
             return outputs
 
     # Only now: compiling may have added to what is assumed of the sizes.
-    return Code(run, source, captured.guards(), captured.result, captured.symbolic_shapes())
+    guards = captured.guards()
+    inputs = f"[{', '.join(captured.input_sources)}]"
+    return Code(run, inputs, source, guards, captured.result, captured.symbolic_shapes())

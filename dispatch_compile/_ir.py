@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol, overload
 
@@ -133,8 +134,8 @@ class IrOp:
     def _define(self, qualified: str, schema: str, kernel: Callable[..., Any]) -> OpOverload:
         self._library.define(qualified + schema)
         # CompositeExplicitAutograd keeps the op whole under export and AOTAutograd, and differentiable in eager.
-        self._library.impl(qualified, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{qualified}", self._run_fake, lib=self._library)
+        self._library.impl(qualified, _weakly(kernel), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{qualified}", _weakly(self._run_fake), lib=self._library)
         packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
         return getattr(packet, qualified.partition(".")[2] or "default")
 
@@ -325,6 +326,18 @@ def register_op(
         return op
 
     return decorate if fn is None else decorate(fn)
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` without a hold on its object: torch keeps the kernels of destroyed libraries for ever."""
+    reference = weakref.WeakMethod(method)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        bound = reference()
+        assert bound is not None, "called after unregister()"
+        return bound(*args, **kwargs)
+
+    return kernel
 
 
 def _check_name(what: str, name: str) -> None:

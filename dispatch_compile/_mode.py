@@ -159,7 +159,7 @@ class DispatchCompileMode(TorchDispatchMode):
         impl = op.dispatch(*args, **kwargs)
         last, table = route.last
         if last() is not impl:
-            table = self.cache.table(impl, self.config) if impl.provider in self.config.providers else None
+            table = self.cache.table(op, impl, self.config) if impl.provider in self.config.providers else None
             route.last = (weakref.ref(impl), table)
         if event is not None:
             event.provider = impl.provider
@@ -175,12 +175,12 @@ class DispatchCompileMode(TorchDispatchMode):
                     if event is not None:
                         event.compiled(entry.specialization.code.symbolic_shapes, new=False)
                     return result
-            return self._run_unseen(_Call(route, keyset, args, kwargs, event), impl, table)
+            return self._run_unseen(_Call(route, keyset, args, kwargs, event), op, impl)
         if event is not None:
             event.not_compiled(PASSED, f"provider {impl.provider!r} is not in providers {self.config.providers}")
         return _hooks.redispatch(route.overload, keyset, args, kwargs)
 
-    def _run_unseen(self, call: _Call, impl: Impl, table: Table) -> Any:
+    def _run_unseen(self, call: _Call, op: Op, impl: Impl) -> Any:
         """A call that no exact guard admits: step aside, or find its specialization by key, or make it."""
         arguments = flatten(call.route.parameters, call.args, call.kwargs)
         reason = why_aside(arguments)
@@ -189,6 +189,8 @@ class DispatchCompileMode(TorchDispatchMode):
             call.note(PASSED, reason)
             return call.redispatch()
         key = key_of(arguments)
+        table = self.cache.table(op, impl, self.config)  # not the route's: the cache may have been cleared
+        call.route.last = (weakref.ref(impl), table)
         failure = None
         with compile_lock():
             specialization = table.find(key, call.args, call.kwargs)

@@ -100,11 +100,11 @@ def dynamic_size(shape_env: Any, size: int, tensor_name: str) -> torch.SymInt:
     return size_symbol
 
 
-def trace(fn: Callable[..., Any], fakes: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
-    """The ATen graph of ``fn`` on fake tensors."""
+def trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
+    """The ATen graph of ``fn`` on symbols and fake tensors."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(fn, tracing_mode="symbolic")(*fakes)
+    return make_fx(fn, tracing_mode="symbolic")(*inputs)
 
 
 def shape_guard_names() -> dict[str, Any]:
@@ -126,12 +126,12 @@ class InductorCode:
 
     def __init__(self, code: Any) -> None:
         self._code = code  # its finalizer takes the callable apart
-        self.run: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]] = code.current_callable
+        self.run: Callable[[list[Any]], Sequence[torch.Tensor]] = code.current_callable
         self.source: str = code.source_code
 
 
 def inductor_compile(
-    graph: torch.fx.GraphModule, inputs: list[torch.Tensor], options: Mapping[str, Any]
+    graph: torch.fx.GraphModule, inputs: list[Any], options: Mapping[str, Any]
 ) -> InductorCode:
     """Compile a graph whose outputs are fresh tensors and which changes no input.
 
@@ -149,7 +149,7 @@ def inductor_compile(
         return code
 
     expected = (len(inputs), _output_count(graph))
-    fake_mode = next((fake.fake_mode for fake in inputs), None)  # type: ignore[attr-defined]
+    fake_mode = next((fake.fake_mode for fake in inputs if isinstance(fake, torch.Tensor)), None)
     with (
         tracing(TracingContext(fake_mode)),
         functorch_config.patch(enable_autograd_cache=False),  # a hit there skips inner_compile

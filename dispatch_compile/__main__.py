@@ -1,0 +1,39 @@
+"""``python -m dispatch_compile COMMAND ...``: picks the command, imports that command alone, and runs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    module: str  # has main(arguments) -> exit status
+    help: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "dispatch_compile.demo.cli", "a fused MoE and an MLA decode step as opaque custom ops, eager against compiled"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dispatch_compile",
+        description="Run IR ops compiled inside opaque torch custom ops.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n" + "\n".join(f"  {name}  {command.help}" for name, command in COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=COMMANDS, help="what to run; COMMAND --help says more", metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own arguments", metavar="...")
+    given = parser.parse_args(argv)
+    status: int = importlib.import_module(COMMANDS[given.command].module).main(given.arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
