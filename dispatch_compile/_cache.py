@@ -16,7 +16,7 @@ from typing import Any
 from . import _registry
 from ._compilation import Specialization
 from ._config import CompileConfig
-from ._specialization import Arguments
+from ._specialization import Arguments, GuardedCall
 
 # How many exact guards are kept in front of a table's keys. Beyond it the oldest goes, and comes back when needed.
 _GUARDED_LIMIT = 64
@@ -48,16 +48,19 @@ class Counters:
 
 @dataclass(frozen=True, eq=False)
 class Guarded:
-    """An exact guard and what it leads to: ``call(args, kwargs)`` gives the result, or MISS."""
+    """An exact guard and the specialization that it leads to."""
 
-    call: Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
+    call: GuardedCall
     specialization: Specialization
 
 
 class Table:
     """The specializations of one implementation under one configuration.
 
-    Readers take ``guarded`` as it is, without a lock; writers hold the compilation lock and replace it whole.
+    Attributes:
+        calls: what the hot path tries in turn: guarded calls of compiled code, the last one made first.
+        guarded: the same with their specializations, and the guarded failures. Both are replaced whole, under the
+            compilation lock, so that readers need none.
     """
 
     def __init__(self) -> None:
@@ -65,6 +68,7 @@ class Table:
 
     def clear(self) -> None:
         """Let go of everything."""
+        self.calls: tuple[GuardedCall, ...] = ()
         self.guarded: tuple[Guarded, ...] = ()
         self._by_key: dict[Hashable, list[Specialization]] = {}
 
@@ -83,6 +87,7 @@ class Table:
         """Put an exact guard for such arguments in front of the others: the last call is the likeliest next."""
         entry = Guarded(specialization.guarded_call(arguments), specialization)
         self.guarded = (entry, *self.guarded[: _GUARDED_LIMIT - 1])
+        self.calls = tuple(guard.call for guard in self.guarded if guard.specialization.code is not None)
         return entry
 
 

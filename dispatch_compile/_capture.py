@@ -32,7 +32,7 @@ class Captured:
     """
 
     graph: GraphModule
-    token_counts: dict[str, torch.SymInt]  # by the source that reads it: args[0].size(0)
+    token_counts: dict[str, torch.SymInt]  # by the source that reads it: a0.size(0)
     fakes: list[torch.Tensor]
     shape_env: Any
     result: str  # expression that makes the op's result of `{}`, the list of output tensors
@@ -45,7 +45,7 @@ class Captured:
 
     @property
     def input_sources(self) -> list[str]:
-        """Expressions for what the graph takes, in terms of a call's ``args`` and ``kwargs``."""
+        """Expressions for what the graph takes, in terms of the leaves' sources."""
         return [*self.token_counts, *(leaf.source for leaf in self.arguments.tensors)]
 
     def guards(self) -> str | None:
@@ -122,12 +122,14 @@ def _fake_inputs(
 
 def _rebuilt_args(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> list[Any]:
     values = _values_by_source(arguments, tensors)
-    return [_rebuilt(f"args[{i}]", value, values) for i, value in enumerate(arguments.args)]
+    return [_rebuilt(f"a{i}", value, values) for i, value in enumerate(arguments.args)]
 
 
 def _rebuilt_kwargs(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
     values = _values_by_source(arguments, tensors)
-    return {name: _rebuilt(f"kwargs[{name!r}]", value, values) for name, value in arguments.kwargs.items()}
+    return {
+        name: _rebuilt(f"k{i}", value, values) for i, (name, value) in enumerate(arguments.kwargs.items())
+    }
 
 
 def _values_by_source(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:

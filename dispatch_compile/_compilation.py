@@ -14,7 +14,7 @@ import torch
 from ._capture import CannotCapture, Captured, StepAside, capture, first_line
 from ._config import CompileConfig
 from ._ir import Impl
-from ._specialization import Arguments, guarded, shape_check
+from ._specialization import Arguments, GuardedCall, guarded, shape_check
 from ._torch_private import OpOverload, inductor_compile, lookup_backend, shape_guard_names
 
 _log = logging.getLogger("dispatch_compile")
@@ -26,10 +26,6 @@ _INDUCTOR_DEFAULTS: Mapping[str, Any] = {
     "emulate_precision_casts": True,
 }
 
-# What a guarded call gives for arguments whose specialization has no code.
-RUN_NATIVELY = object()
-
-
 class CannotCompile(Exception):
     """No code could be made; the message names op, implementation and cause."""
 
@@ -39,7 +35,7 @@ class Code:
     """Compiled code for one specialization."""
 
     run: Callable[[list[Any]], Sequence[torch.Tensor]]  # takes a list that it may empty
-    inputs: str  # expression that makes the list of the call's args and kwargs
+    inputs: str  # expression that makes the list, in terms of the leaves' sources
     source: str | None  # the text of the generated code, if the backend generates any
     shape_guard: str | None  # what must hold of the dynamic sizes
     result: str  # expression that makes the op's result of `{}`, the list of output tensors
@@ -56,12 +52,15 @@ class Specialization:
     code: Code | None
     failure: str | None = None
     fatal: bool = False  # whether calls raise the failure
-    admits: Callable[[tuple[Any, ...], Mapping[str, Any]], bool] = lambda args, kwargs: True
+    admits: GuardedCall = lambda args, kwargs: True  # the guards on dynamic sizes, for arguments of the right key
 
-    def guarded_call(self, arguments: Arguments) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Any]:
-        """``call(args, kwargs)`` that runs the code for arguments like these, and gives MISS for any other."""
+    def guarded_call(self, arguments: Arguments) -> GuardedCall:
+        """``call(args, kwargs)`` that runs the code for arguments like these, and gives MISS for any other.
+
+        Without code, it gives None for arguments like these.
+        """
         if self.code is None:
-            return guarded(arguments, None, "RUN_NATIVELY", {"RUN_NATIVELY": RUN_NATIVELY})
+            return guarded(arguments, None, "None", {})
         names = {**shape_guard_names(), "run": self.code.run}
         return guarded(arguments, self.code.shape_guard, self.code.result.format(f"run({self.code.inputs})"), names)
 
@@ -89,7 +88,7 @@ def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: C
         "compiled %s (%s) for %s in %.1f s",
         overload, impl.provider, code.symbolic_shapes, time.perf_counter() - start,
     )  # fmt: skip
-    return Specialization(code, admits=shape_check(code.shape_guard, shape_guard_names()))
+    return Specialization(code, admits=shape_check(arguments, code.shape_guard, shape_guard_names()))
 
 
 def _what(overload: OpOverload, impl: Impl) -> str:

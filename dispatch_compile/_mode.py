@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from . import _hooks, _registry
-from ._cache import NativeCache, Table
-from ._compilation import RUN_NATIVELY, CannotCompile, Specialization, specialize
+from ._cache import Counters, NativeCache, Table
+from ._compilation import CannotCompile, Specialization, specialize
 from ._config import CompileConfig
 from ._errors import CompileError, DispatchCompileWarning
 from ._ir import Impl, Op
@@ -30,11 +30,21 @@ _log = logging.getLogger("dispatch_compile")
 
 
 class _ThreadState(threading.local):
-    """The modes entered on this thread, innermost last, and how many of them trace."""
+    """The modes entered on this thread.
+
+    Attributes:
+        stack: the modes, innermost last.
+        tracing: how many of them trace.
+        untraced: the innermost, if none of them traces: all that the short cut in the kernel looks at.
+    """
 
     def __init__(self) -> None:
-        self.stack: list[DispatchCompileMode] = []
-        self.tracing = 0
+        self.set([])
+
+    def set(self, stack: list[DispatchCompileMode]) -> None:
+        self.stack = stack
+        self.tracing = sum(mode.trace is not None for mode in stack)
+        self.untraced = stack[-1] if stack and not self.tracing else None
 
 
 _thread = _ThreadState()
@@ -52,9 +62,10 @@ def _no_impl() -> None:
 class _Route:
     """How a mode reads the calls of one overload. It keeps neither the op nor an implementation alive."""
 
-    def __init__(self, op: Op, overload: OpOverload) -> None:
+    def __init__(self, op: Op, overload: OpOverload, counters: Counters) -> None:
         self.op = weakref.ref(op)
         self.overload = overload
+        self.counters = counters
         self.parameters = Parameters.of(overload, op.activations)
         # The implementation that dispatch chose last, with its table (None: its provider is not to be compiled).
         self.last: tuple[Callable[[], Any], Table | None] = (_no_impl, None)
@@ -111,8 +122,7 @@ class DispatchCompileMode(TorchDispatchMode):
     def __enter__(self) -> DispatchCompileMode:
         if self.trace is not None or [ref() for ref in self._seen] != _registry.known_ops():
             self._sync()
-        _thread.stack.append(self)
-        _thread.tracing += self.trace is not None
+        _thread.set([*_thread.stack, self])
         return self
 
     def __exit__(
@@ -120,8 +130,7 @@ class DispatchCompileMode(TorchDispatchMode):
     ) -> None:
         if not _thread.stack or _thread.stack[-1] is not self:
             raise RuntimeError("DispatchCompileMode: modes must be left in the reverse order of entering")
-        _thread.stack.pop()
-        _thread.tracing -= self.trace is not None
+        _thread.set(_thread.stack[:-1])
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -134,7 +143,7 @@ class DispatchCompileMode(TorchDispatchMode):
         with self._sync_lock:
             ops = _registry.known_ops()
             routes = {
-                overload: self._routes.get(overload) or _Route(op, overload)
+                overload: self._routes.get(overload) or _Route(op, overload, self.cache.counters)
                 for op in ops
                 for overload in _registry.overloads(op)
                 if self._selects(op, overload)
@@ -167,14 +176,8 @@ class DispatchCompileMode(TorchDispatchMode):
             for entry in table.guarded:
                 result = entry.call(args, kwargs)
                 if result is not MISS:
-                    if result is RUN_NATIVELY:
-                        return self._run_natively(
-                            _Call(route, keyset, args, kwargs, event), entry.specialization
-                        )
-                    self.cache.counters.hits += 1
-                    if event is not None:
-                        event.compiled(entry.specialization.code.symbolic_shapes, new=False)
-                    return result
+                    call = _Call(route, keyset, args, kwargs, event)
+                    return self._finish(call, entry.specialization, result, new=False)
             return self._run_unseen(_Call(route, keyset, args, kwargs, event), op, impl)
         if event is not None:
             event.not_compiled(PASSED, f"provider {impl.provider!r} is not in providers {self.config.providers}")
@@ -211,12 +214,21 @@ class DispatchCompileMode(TorchDispatchMode):
             assert failure is not None
             return self._run_uncompilable(call, table, key, arguments, failure)
         entry = table.add_guard(specialization, arguments)
-        if specialization.code is None:
-            return self._run_natively(call, specialization)
-        self.cache.counters.hits += 1
-        if call.event is not None:
-            call.event.compiled(specialization.code.symbolic_shapes, new)
-        return entry.call(call.args, call.kwargs)
+        return self._finish(call, specialization, entry.call(call.args, call.kwargs), new)
+
+    def _finish(self, call: _Call, specialization: Specialization, result: Any, new: bool) -> Any:
+        """The end of a call whose specialization is known: ``result`` is what its guarded call gave."""
+        if specialization.code is not None:
+            self.cache.counters.hits += 1
+            if call.event is not None:
+                call.event.compiled(specialization.code.symbolic_shapes, new)
+            return result
+        reason = specialization.failure or ""
+        self.cache.counters.fallbacks += 1
+        call.note(NATIVE, reason)
+        if specialization.fatal:
+            raise CompileError(reason)
+        return call.redispatch()
 
     def _run_uncompilable(
         self, call: _Call, table: Table, key: Hashable, arguments: Arguments, failure: CannotCompile
@@ -233,15 +245,6 @@ class DispatchCompileMode(TorchDispatchMode):
         _log.warning("%s; it runs natively", failure)
         warnings.warn(f"{failure}; it runs natively", DispatchCompileWarning, stacklevel=3)
         return result
-
-    def _run_natively(self, call: _Call, specialization: Specialization) -> Any:
-        """A call whose specialization is known not to compile."""
-        reason = specialization.failure or ""
-        call.note(NATIVE, reason)
-        self.cache.counters.fallbacks += 1
-        if specialization.fatal:
-            raise CompileError(reason)
-        return call.redispatch()
 
 
 @dataclass
@@ -265,11 +268,12 @@ class _Call:
 @contextmanager
 def _suspended_modes() -> Iterator[None]:
     """No mode on this thread: the compiler's own calls of IR ops are none of ours."""
-    stack, _thread.stack = _thread.stack, []
+    stack = _thread.stack
+    _thread.set([])
     try:
         yield
     finally:
-        _thread.stack = stack
+        _thread.set(stack)
 
 
 def _captures_cuda_graph(arguments: Arguments) -> bool:
@@ -280,19 +284,36 @@ def _captures_cuda_graph(arguments: Arguments) -> bool:
 def _kernel(overload: OpOverload) -> Callable[..., Any]:
     """The kernel that catches calls of ``overload`` in every thread of the process."""
 
+    thread = _thread
+
     def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
-        stack = _thread.stack
-        if not stack:
-            return _hooks.redispatch(overload, keyset, args, kwargs)
-        if _thread.tracing:
-            return _run_traced(overload, keyset, args, kwargs)
-        for mode in reversed(stack):
+        mode = thread.untraced
+        if mode is not None:
             route = mode._routes.get(overload)
             if route is not None:
-                return mode._run(route, keyset, args, kwargs, None)
-        return _hooks.redispatch(overload, keyset, args, kwargs)
+                op = route.op()
+                last, table = route.last
+                # `is`: the implementation that dispatch chooses now has the table that is at hand.
+                if table is not None and op is not None and op.dispatch(*args, **kwargs) is last():
+                    for call in table.calls:
+                        result = call(args, kwargs)
+                        if result is not MISS:
+                            route.counters.hits += 1
+                            return result
+        return _intercept(overload, keyset, args, kwargs)
 
     return kernel
+
+
+def _intercept(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The whole way of a caught call, of which the kernel takes a short cut."""
+    if _thread.tracing:
+        return _run_traced(overload, keyset, args, kwargs)
+    for mode in reversed(_thread.stack):
+        route = mode._routes.get(overload)
+        if route is not None:
+            return mode._run(route, keyset, args, kwargs, None)
+    return _hooks.redispatch(overload, keyset, args, kwargs)
 
 
 def _run_traced(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -209,10 +209,16 @@ def selection(ops: Iterable[Any] | None) -> Callable[[Op, OpOverload], bool]:
     return selects
 
 
+def _names(overload: OpOverload) -> tuple[str, str, str]:
+    """The names that select an overload: ``ns``, ``ns::name`` and, as in a trace, ``ns::name.overload``."""
+    qualified: str = overload._schema.name
+    return overload.namespace, qualified, f"{qualified}.{overload._overloadname}"
+
+
 def _item_test(item: Any) -> Callable[[Op, OpOverload], bool]:
     test: Callable[[Op, OpOverload], bool]
     if isinstance(item, str):
-        test = lambda op, overload: item in (overload.namespace, overload._schema.name, overload.name())  # noqa: E731
+        test = lambda op, overload: item in _names(overload)  # noqa: E731
         what = f"namespace or op {item!r}"
     elif isinstance(item, OpOverload):
         test = lambda op, overload: overload is item  # noqa: E731

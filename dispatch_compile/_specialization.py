@@ -12,6 +12,7 @@ a call needs. :func:`guarded` makes the check, as generated code, that lets a la
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ class Leaf:
     """One argument, or one item of a list argument."""
 
     name: str  # as a person writes it: x, weights[1]
-    source: str  # as generated code reads it: args[0], kwargs['weights'][1]
+    source: str  # as generated code reads it: a0 for the first argument, a1[2], k0 for the first keyword argument
     value: Any
     dynamic: bool  # whether dimension 0 is the token dimension and there are at least two tokens
 
@@ -72,8 +73,8 @@ def flatten(parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, 
     """Read the arguments of a call as the dispatcher gives them (fact: by position, trailing defaults dropped)."""
     leaves: list[Leaf] = []
     lists: list[tuple[str, int]] = []
-    named = [(parameters.names[i], f"args[{i}]", value) for i, value in enumerate(args)]
-    named += [(name, f"kwargs[{name!r}]", value) for name, value in kwargs.items()]
+    named = [(parameters.names[i], f"a{i}", value) for i, value in enumerate(args)]
+    named += [(name, f"k{i}", value) for i, (name, value) in enumerate(kwargs.items())]
     for name, source, value in named:
         activation = name in parameters.activations
         if isinstance(value, (list, tuple)):
@@ -143,7 +144,6 @@ def key_of(arguments: Arguments) -> Hashable:
     as long as its guards on the dynamic sizes hold."""
     return (
         global_state(),
-        torch.get_float32_matmul_precision(),
         len(arguments.args),
         tuple(arguments.kwargs),
         arguments.lists,
@@ -186,60 +186,89 @@ def strides(leaf: Leaf) -> tuple[int | tuple[str, int], ...]:
 
 MISS = object()
 
-_GUARD_GLOBALS = {
-    "copysign": math.copysign,
-    "forward_ad": torch.autograd.forward_ad,
-    "matmul_precision": torch.get_float32_matmul_precision,
-    "MISS": MISS,
-}
+# call(args, kwargs) -> result, or MISS
+GuardedCall = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 
 
-def guarded(
-    arguments: Arguments,
-    shape_guard: str | None,
-    result: str,
-    names: Mapping[str, Any],
-) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Any]:
+def guarded(arguments: Arguments, shape_guard: str | None, result: str, names: Mapping[str, Any]) -> GuardedCall:
     """Generate ``call(args, kwargs)``: the value of ``result`` if every guard holds, else :data:`MISS`.
 
     Args:
         arguments: a call for which the guards hold now; its tensors and the global state are the pattern.
         shape_guard: an expression on the dynamic sizes, in terms of the leaves' sources; None for none.
-        result: an expression in terms of ``args``, ``kwargs`` and ``names``.
+        result: an expression in terms of the leaves' sources and ``names``.
         names: what ``shape_guard`` and ``result`` refer to.
     """
-    scope: dict[str, Any] = {**names, **_GUARD_GLOBALS, "state_unchanged": GlobalStateGuard().check}
-    checks = [f"len(args) == {len(arguments.args)}"]
-    if arguments.kwargs:
-        checks.append(f"kwargs.keys() == {set(arguments.kwargs)!r}")
-    else:
-        checks.append("not kwargs")
-    checks += [f"type({source}) in (list, tuple) and len({source}) == {n}" for source, n in arguments.lists]
-    for i, leaf in enumerate(arguments.leaves):
-        if not isinstance(leaf.value, torch.Tensor):
-            checks.append(_value_guard(leaf, f"value_{i}", scope))
+    scope = {
+        **names,
+        "MISS": MISS,
+        "copysign": math.copysign,
+        "forward_ad": torch.autograd.forward_ad,
+        "state_unchanged": GlobalStateGuard().check,
+    }
+    checks = []
     tensors = arguments.tensors
     if tensors:
         scope["tensors_match"] = _tensor_guards(tensors).check
+    for i, leaf in enumerate(arguments.leaves):
+        if not isinstance(leaf.value, torch.Tensor):
+            checks.append(_value_guard(leaf, f"value_{i}", scope))
+    if tensors:
         checks.append(f"tensors_match({', '.join(leaf.source for leaf in tensors)})")
     checks += ["state_unchanged()", "forward_ad._current_level < 0"]
-    checks.append(f"matmul_precision() == {torch.get_float32_matmul_precision()!r}")
-    if shape_guard:
-        checks.append(f"({shape_guard})")
-    conditions = "\n        and ".join(checks)
-    code = f"def call(args, kwargs):\n    if (\n        {conditions}\n    ):\n        return {result}\n    return MISS\n"
+    sizes_read, (shape_guard, result) = _read_once(shape_guard or "True", result)
+    lines = [
+        *_unpacking(arguments),
+        f"if not ({' and '.join(checks)}):",
+        "    return MISS",
+        *sizes_read,
+        f"return {result} if {shape_guard} else MISS",
+    ]
+    code = "\n    ".join(["def call(args, kwargs):", *lines])
     exec(compile(code, "<dispatch_compile guards>", "exec"), scope)
-    call: Callable[[tuple[Any, ...], Mapping[str, Any]], Any] = scope["call"]
+    call: GuardedCall = scope["call"]
     return call
 
 
-def shape_check(
-    shape_guard: str | None, names: Mapping[str, Any]
-) -> Callable[[tuple[Any, ...], Mapping[str, Any]], bool]:
-    """``check(args, kwargs)``: whether a guard on the dynamic sizes holds for arguments of the right key."""
-    check: Callable[[tuple[Any, ...], Mapping[str, Any]], bool]
-    check = eval(f"lambda args, kwargs: {shape_guard or True}", dict(names))
+def shape_check(arguments: Arguments, shape_guard: str | None, names: Mapping[str, Any]) -> GuardedCall:
+    """``check(args, kwargs)``: whether a guard on the dynamic sizes holds for arguments with the same key."""
+    scope = {**names, "MISS": False}
+    code = "\n    ".join(["def check(args, kwargs):", *_unpacking(arguments), f"return {shape_guard or True}"])
+    exec(compile(code, "<dispatch_compile guards>", "exec"), scope)
+    check: GuardedCall = scope["check"]
     return check
+
+
+def _unpacking(arguments: Arguments) -> list[str]:
+    """Statements that give every argument the name by which the leaves' sources know it, or return MISS."""
+    count = len(arguments.args)
+    names = "".join(f"a{i}, " for i in range(count))
+    lines = [
+        f"if len(args) != {count} or len(kwargs) != {len(arguments.kwargs)}:",
+        "    return MISS",
+    ]
+    if names:
+        lines.append(f"{names}= args")
+    for i, name in enumerate(arguments.kwargs):
+        lines += [f"if {name!r} not in kwargs:", "    return MISS", f"k{i} = kwargs[{name!r}]"]
+    for source, length in arguments.lists:
+        lines += [f"if type({source}) not in (list, tuple) or len({source}) != {length}:", "    return MISS"]
+    return lines
+
+
+def _read_once(*expressions: str) -> tuple[list[str], list[str]]:
+    """Give every size and stride that the expressions read a local name: reading one costs more than the rest."""
+    names: dict[str, str] = {}
+
+    def name(match: re.Match[str]) -> str:
+        return names.setdefault(f"{match[1]}.{_READ_BY[match[2]]}[{match[3]}]", f"d{len(names)}")
+
+    renamed = [_SIZE_OR_STRIDE.sub(name, expression) for expression in expressions]
+    return [f"{local} = {read}" for read, local in names.items()], renamed
+
+
+_SIZE_OR_STRIDE = re.compile(r"(\w+(?:\[\d+\])?)\.(size|stride)\((\d+)\)")
+_READ_BY = {"size": "shape", "stride": "stride()"}
 
 
 def _tensor_guards(tensors: Sequence[Leaf]) -> Any:
