@@ -16,7 +16,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        "dispatch_compile.demo.cli", "a fused MoE and an MLA decode step as opaque custom ops, eager against compiled"
+        "dispatch_compile.demo.cli",
+        "a fused MoE and an MLA decode step as opaque custom ops, eager against compiled",
     ),
 }
 

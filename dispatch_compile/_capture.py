@@ -127,9 +127,7 @@ def _rebuilt_args(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> list
 
 def _rebuilt_kwargs(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
     values = _values_by_source(arguments, tensors)
-    return {
-        name: _rebuilt(f"k{i}", value, values) for i, (name, value) in enumerate(arguments.kwargs.items())
-    }
+    return {name: _rebuilt(f"k{i}", value, values) for i, (name, value) in enumerate(arguments.kwargs.items())}
 
 
 def _values_by_source(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -159,10 +157,7 @@ def _described(result: Any) -> str:
 
 
 def _check_outputs(outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor], arguments: Arguments) -> None:
-    owners = {
-        _storage(tensor): f"argument {leaf.name}"
-        for tensor, leaf in zip(inputs, arguments.tensors, strict=True)
-    }
+    owners = {_storage(tensor): f"argument {leaf.name}" for tensor, leaf in zip(inputs, arguments.tensors, strict=True)}
     for i, output in enumerate(outputs):
         storage = _storage(output)
         if storage in owners:
@@ -199,7 +194,7 @@ def _written(node: Node) -> Iterator[Node]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def first_line(error: Exception) -> str:

@@ -26,6 +26,7 @@ _INDUCTOR_DEFAULTS: Mapping[str, Any] = {
     "emulate_precision_casts": True,
 }
 
+
 class CannotCompile(Exception):
     """No code could be made; the message names op, implementation and cause."""
 
@@ -52,7 +53,8 @@ class Specialization:
     code: Code | None
     failure: str | None = None
     fatal: bool = False  # whether calls raise the failure
-    admits: GuardedCall = lambda args, kwargs: True  # the guards on dynamic sizes, for arguments of the right key
+    # The guards on the dynamic sizes, for arguments of the right key.
+    admits: GuardedCall = lambda args, kwargs: True
 
     def guarded_call(self, arguments: Arguments) -> GuardedCall:
         """``call(args, kwargs)`` that runs the code for arguments like these, and gives MISS for any other.

@@ -85,9 +85,7 @@ def _checked_backend(backend: str | Callable[..., Any]) -> str | Callable[..., A
     return backend
 
 
-def _checked_options(
-    options: Mapping[str, Any] | None, backend: str | Callable[..., Any]
-) -> dict[str, Any]:
+def _checked_options(options: Mapping[str, Any] | None, backend: str | Callable[..., Any]) -> dict[str, Any]:
     if not options:
         return {}
     if backend != "inductor":

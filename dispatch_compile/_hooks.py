@@ -24,9 +24,7 @@ class _Hook:
     def __init__(self, overload: OpOverload, kernel: Callable[..., Any]) -> None:
         self.users = 0
         self.library = Library(overload.namespace, "IMPL")
-        self.library.impl(
-            overload.name().partition("::")[2], kernel, "BackendSelect", with_keyset=True
-        )
+        self.library.impl(overload.name().partition("::")[2], kernel, "BackendSelect", with_keyset=True)
 
 
 _hooks: dict[OpOverload, _Hook] = {}

@@ -194,9 +194,7 @@ class IrOp:
                     f"{self.name}: the schema of {provider!r} differs from the native one:\n"
                     f"  {provider}: {schema}\n  native: {self._schema}"
                 )
-            impl = IrOpImpl(
-                self, provider, fn, supported=supported, supports_args=supports_args, inplace=inplace
-            )
+            impl = IrOpImpl(self, provider, fn, supported=supported, supports_args=supports_args, inplace=inplace)
             self.impls[provider] = impl
             return impl
 

@@ -25,7 +25,6 @@ from ._specialization import MISS, Arguments, Parameters, flatten, key_of, why_a
 from ._torch_private import OpOverload, TorchDispatchMode, compile_lock
 from ._trace import NATIVE, PASSED, Trace, TraceEvent, described
 
-
 _log = logging.getLogger("dispatch_compile")
 
 

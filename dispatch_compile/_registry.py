@@ -155,9 +155,7 @@ def _overload(op: OpOverload | OpOverloadPacket | str) -> OpOverload:
         if len(candidates) != 1:
             raise ValueError(f"register_native: {op} has the overloads {candidates}; name the one you mean")
         return getattr(op, candidates[0])
-    raise TypeError(
-        f"register_native: op must be an OpOverload (torch.ops.ns.name.default) or 'ns::name', not {op!r}"
-    )
+    raise TypeError(f"register_native: op must be an OpOverload (torch.ops.ns.name.default) or 'ns::name', not {op!r}")
 
 
 def _check_schema(overload: OpOverload, fn: Callable[..., Any]) -> None:

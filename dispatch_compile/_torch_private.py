@@ -17,7 +17,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 
-# torch.compile's own C++ guards: one call checks what fact 9 of a Python key would take twenty for.
+# torch.compile's own C++ guards: one call checks what would take Python twenty.
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 
 # The class behind torch.library.custom_op, to tell a decorated op from a function.
@@ -28,6 +28,34 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 # TorchDispatchMode's documented home is this private module.
 from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "BELOW_BACKEND_SELECT",
+    "CustomOpDef",
+    "GlobalStateGuard",
+    "InductorCode",
+    "OpOverload",
+    "OpOverloadPacket",
+    "TensorGuards",
+    "TorchDispatchMode",
+    "all_op_names",
+    "compile_lock",
+    "dispatch_modes_active",
+    "dtype_abbreviation",
+    "dual_level",
+    "dynamic_size",
+    "global_state",
+    "has_kernel",
+    "inductor_compile",
+    "is_functorch_wrapped",
+    "is_zero_tensor",
+    "lookup_backend",
+    "new_fake_mode",
+    "new_shape_env",
+    "shape_guard_names",
+    "trace",
+    "wrap_custom_op_kernels",
+]
 
 # The keys that a kernel at BackendSelect hands a call on to: the backend's own.
 BELOW_BACKEND_SELECT = _dispatch_keyset_full_after(DispatchKey.BackendSelect)
@@ -46,7 +74,7 @@ def has_kernel(overload: OpOverload, dispatch_key: str) -> bool:
 
 def global_state() -> str:
     """torch.compile's snapshot of the global state that changes what is captured, as JSON text."""
-    return str(GlobalStateGuard().__getstate__())
+    return str(GlobalStateGuard().__getstate__())  # type: ignore[attr-defined]  # missing in torch's stub
 
 
 def dual_level() -> int:
@@ -130,9 +158,7 @@ class InductorCode:
         self.source: str = code.source_code
 
 
-def inductor_compile(
-    graph: torch.fx.GraphModule, inputs: list[Any], options: Mapping[str, Any]
-) -> InductorCode:
+def inductor_compile(graph: torch.fx.GraphModule, inputs: list[Any], options: Mapping[str, Any]) -> InductorCode:
     """Compile a graph whose outputs are fresh tensors and which changes no input.
 
     ``torch._inductor.standalone_compile`` is the public way, but its artifact costs more per call than the code.
@@ -157,9 +183,7 @@ def inductor_compile(
     ):
         compile_fx(graph, inputs, inner_compile=inner_compile, config_patches=dict(options))
     if [tuple(counts) for _, *counts in compiled] != [expected]:
-        raise RuntimeError(
-            f"AOTAutograd changed the graph's {expected[0]} inputs or {expected[1]} outputs: {compiled}"
-        )
+        raise RuntimeError(f"AOTAutograd changed the graph's {expected[0]} inputs or {expected[1]} outputs: {compiled}")
     return InductorCode(compiled[0][0])
 
 
@@ -179,4 +203,4 @@ def dtype_abbreviation(dtype: torch.dtype) -> str:
     """The short name that torch's own traces use: ``bf16``, ``f8e4m3fn``."""
     from torch.utils._dtype_abbrs import dtype_abbrs
 
-    return dtype_abbrs.get(dtype, str(dtype).removeprefix("torch."))
+    return str(dtype_abbrs.get(dtype, str(dtype).removeprefix("torch.")))

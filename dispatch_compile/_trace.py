@@ -143,9 +143,7 @@ class Trace:
             counts.setdefault(event.op.removesuffix(".default"), Counter()).update(
                 {"calls": 1, event.action: 1, "specializations": int(event.new)}
             )
-        rows = [header] + [
-            (op, *(str(count[column]) for column in header[1:])) for op, count in sorted(counts.items())
-        ]
+        rows = [header] + [(op, *(str(count[column]) for column in header[1:])) for op, count in sorted(counts.items())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(

@@ -27,9 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
 
 
 @register_op(allow_inplace=True)
-def fused_add_rms_norm(
-    x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float
-) -> tuple[Tensor, Tensor]:
+def fused_add_rms_norm(x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
     """The residual addition in front of a normalization, and the normalization: ``r = x + x_residual`` in float32,
     ``y = rms_norm(r)`` of the unrounded sum.
 
