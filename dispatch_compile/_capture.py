@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ._specialization import TOKENS, Arguments, sizes, strides
-from ._torch_private import OpOverload, dynamic_size, new_fake_mode, new_shape_env, trace
+from ._torch_private import OpOverload, dynamic_size, new_fake_mode, new_shape_env, size_depends_on_values, trace
 
 
 class CannotCapture(Exception):
@@ -48,14 +48,27 @@ class Captured:
         """Expressions for what the graph takes, in terms of the leaves' sources."""
         return [*self.token_counts, *(leaf.source for leaf in self.arguments.tensors)]
 
+    @property
+    def outputs(self) -> list[torch.Tensor]:
+        """What the graph returns, as fake tensors."""
+        [returned] = next(iter(reversed(self.graph.graph.nodes))).args
+        return [node.meta["val"] for node in returned]
+
     def guards(self) -> str | None:
         """What must hold of the dynamic sizes, as an expression in terms of the leaves' sources; None if nothing."""
-        text = self.shape_env.produce_guards_expression(self.fakes)
-        if text is None:
-            return None
+        text = self.shape_env.produce_guards_expression(self.fakes) or ""
         sources = [leaf.source for leaf in self.arguments.tensors]
         text = re.sub(r"L\['t(\d+)'\]", lambda match: sources[int(match[1])], text)
-        return re.sub(r"\.(size|stride)\(\)\[(\d+)\]", r".\1(\2)", text)
+        text = re.sub(r"\.(size|stride)\(\)\[(\d+)\]", r".\1(\2)", text)
+        return " and ".join(filter(None, [text, *self._sizes_become_static()])) or None
+
+    def _sizes_become_static(self) -> Iterator[str]:
+        """Guards on dynamic sizes and strides that capture fixed to a number; torch takes them for static ones."""
+        for leaf, fake in zip(self.arguments.tensors, self.fakes, strict=True):
+            for read, pattern, dims in (("size", sizes(leaf), fake.shape), ("stride", strides(leaf), fake.stride())):
+                for i, (dim, now) in enumerate(zip(pattern, map(str, dims), strict=True)):
+                    if not isinstance(dim, int) and now.isdecimal():
+                        yield f"{leaf.source}.{read}({i}) == {now}"
 
     def symbolic_shapes(self) -> str:
         """The inputs' sizes, for people: ``[s0, 4096], [4096]``, symbols numbered in order of appearance."""
@@ -70,8 +83,14 @@ class Captured:
         return ", ".join(shapes)
 
 
-def capture(fn: Callable[..., Any], arguments: Arguments) -> Captured:
+def capture(fn: Callable[..., Any], arguments: Arguments, tokens: int | None = None) -> Captured:
     """Trace ``fn`` for these arguments.
+
+    Args:
+        fn: the implementation.
+        arguments: a call's arguments.
+        tokens: the number of tokens to assume where the implementation, or the compiler, asks for it; the call's own
+            if None. The guards tell whether the graph serves the call.
 
     Raises:
         StepAside: the result or a side effect could not be kept (an argument changed or returned, random numbers).
@@ -79,7 +98,7 @@ def capture(fn: Callable[..., Any], arguments: Arguments) -> Captured:
     """
     shape_env = new_shape_env()
     fake_mode = new_fake_mode(shape_env)
-    token_counts, fakes = _fake_inputs(arguments, shape_env, fake_mode)
+    token_counts, fakes = _fake_inputs(arguments, shape_env, fake_mode, tokens)
     result_of = ""
 
     def flat(*inputs: Any) -> list[torch.Tensor]:
@@ -101,7 +120,7 @@ def capture(fn: Callable[..., Any], arguments: Arguments) -> Captured:
 
 
 def _fake_inputs(
-    arguments: Arguments, shape_env: Any, fake_mode: Any
+    arguments: Arguments, shape_env: Any, fake_mode: Any, tokens: int | None
 ) -> tuple[dict[str, torch.SymInt], list[torch.Tensor]]:
     """A fake for every tensor leaf, each with storage of its own: a tensor given twice is two inputs."""
     symbols: dict[int, torch.SymInt] = {}  # activations with as many tokens share the symbol, as guards then say
@@ -110,7 +129,7 @@ def _fake_inputs(
     for i, leaf in enumerate(arguments.tensors):
         tensor = leaf.value
         if leaf.dynamic and tensor.size(0) not in symbols:
-            symbol = symbols[tensor.size(0)] = dynamic_size(shape_env, tensor.size(0), f"t{i}")
+            symbol = symbols[tensor.size(0)] = dynamic_size(shape_env, tokens or tensor.size(0), f"t{i}")
             token_counts[f"{leaf.source}.size(0)"] = symbol
         count: Any = symbols[tensor.size(0)] if leaf.dynamic else None
         size = [count if dim == TOKENS else dim for dim in sizes(leaf)]
@@ -176,7 +195,7 @@ def _check_graph(graph: GraphModule, arguments: Arguments) -> None:
         tags = node.target.tags
         if torch.Tag.nondeterministic_seeded in tags:
             raise StepAside(f"the implementation draws random numbers ({node.target})")
-        if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+        if torch.Tag.data_dependent_output in tags or size_depends_on_values(node.meta.get("val")):
             raise CannotCapture(f"it depends on the values in a tensor ({node.target})")
         if node.target is torch.ops.aten.as_strided.default:
             raise StepAside("the implementation uses as_strided, which reads the storage offset")

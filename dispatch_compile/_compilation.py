@@ -27,15 +27,24 @@ _INDUCTOR_DEFAULTS: Mapping[str, Any] = {
 }
 
 
+# The number of tokens that code is tuned for. Taken from the first call, it would depend on which call comes first,
+# and code tuned for a few tokens is slow at many: on a CPU it runs on one core, and on an H100 silu_and_mul took
+# twice as long. Code tuned for many tokens is hardly slower at few. Inductor assumes as many where it knows nothing.
+TOKENS_TO_TUNE_FOR = 8192
+
+
 class CannotCompile(Exception):
     """No code could be made; the message names op, implementation and cause."""
+
+
+Run = Callable[[list[Any]], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Code:
     """Compiled code for one specialization."""
 
-    run: Callable[[list[Any]], Sequence[torch.Tensor]]  # takes a list that it may empty
+    run: Run  # takes a list that it may empty
     inputs: str  # expression that makes the list, in terms of the leaves' sources
     source: str | None  # the text of the generated code, if the backend generates any
     shape_guard: str | None  # what must hold of the dynamic sizes
@@ -75,9 +84,7 @@ def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: C
     """
     start = time.perf_counter()
     try:
-        captured = capture(impl.func_impl_fn, arguments)
-        _log.debug("%s: captured %s:\n%s", overload, impl.provider, captured.graph.code)
-        code = _compile(captured, config)
+        code = _code_for(impl.func_impl_fn, arguments, config)
     except StepAside as reason:
         return Specialization(code=None, failure=str(reason))
     except CannotCapture as error:
@@ -86,11 +93,25 @@ def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: C
         raise CannotCompile(
             f"{_what(overload, impl)} cannot be compiled with {config.backend!r}: {first_line(error)}"
         ) from error
-    _log.info(
-        "compiled %s (%s) for %s in %.1f s",
-        overload, impl.provider, code.symbolic_shapes, time.perf_counter() - start,
-    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    _log.info("compiled %s (%s) for %s in %.1f s", overload, impl.provider, code.symbolic_shapes, seconds)
     return Specialization(code, admits=shape_check(arguments, code.shape_guard, shape_guard_names()))
+
+
+def _code_for(fn: Callable[..., Any], arguments: Arguments, config: CompileConfig) -> Code:
+    """Code tuned for many tokens, or for the call's own number if the implementation has another graph for many."""
+    if len({leaf.value.size(0) for leaf in arguments.tensors if leaf.dynamic}) == 1:
+        captured = capture(fn, arguments, tokens=TOKENS_TO_TUNE_FOR)
+        if _admits(captured, arguments):
+            code = _compile(captured, config)
+            if _admits(captured, arguments):  # compiling may have added guards
+                return code
+    return _compile(capture(fn, arguments), config)
+
+
+def _admits(captured: Captured, arguments: Arguments) -> bool:
+    check = shape_check(arguments, captured.guards(), shape_guard_names())
+    return bool(check(arguments.args, arguments.kwargs))
 
 
 def _what(overload: OpOverload, impl: Impl) -> str:
@@ -98,20 +119,36 @@ def _what(overload: OpOverload, impl: Impl) -> str:
 
 
 def _compile(captured: Captured, config: CompileConfig) -> Code:
-    run: Callable[[list[Any]], Sequence[torch.Tensor]]
     source = None
-    if config.backend == "inductor":
+    if all(0 in output.shape for output in captured.outputs):
+        run = _run_of_nothing(captured.outputs)
+    elif config.backend == "inductor":
         inductor = inductor_compile(captured.graph, captured.inputs, {**_INDUCTOR_DEFAULTS, **config.options})
         run, source = inductor.run, inductor.source
     else:
         backend = lookup_backend(config.backend) if isinstance(config.backend, str) else config.backend
-        compiled = backend(captured.graph, captured.inputs)
-
-        def run(inputs: list[Any]) -> Sequence[torch.Tensor]:
-            outputs: Sequence[torch.Tensor] = compiled(*inputs)
-            return outputs
-
+        run = _run_of_backend(backend(captured.graph, captured.inputs))
     # Only now: compiling may have added to what is assumed of the sizes.
     guards = captured.guards()
     inputs = f"[{', '.join(captured.input_sources)}]"
     return Code(run, inputs, source, guards, captured.result, captured.symbolic_shapes())
+
+
+def _run_of_nothing(outputs: list[torch.Tensor]) -> Run:
+    """Results without elements need no kernel, and Inductor gives some of them other strides than eager."""
+    layouts = [(tuple(o.shape), o.stride(), o.dtype, o.device) for o in outputs]
+
+    def run(inputs: list[Any]) -> list[torch.Tensor]:
+        return [
+            torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in layouts
+        ]
+
+    return run
+
+
+def _run_of_backend(compiled: Callable[..., Any]) -> Run:
+    def run(inputs: list[Any]) -> Sequence[torch.Tensor]:
+        outputs: Sequence[torch.Tensor] = compiled(*inputs)
+        return outputs
+
+    return run

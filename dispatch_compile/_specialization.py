@@ -101,6 +101,7 @@ def why_aside(arguments: Arguments) -> str | None:
     if dual_level() >= 0:
         return "forward-mode AD is active"
     grad = torch.is_grad_enabled()
+    tensors: dict[int, str] = {}
     for leaf in arguments.leaves:
         value = leaf.value
         if not isinstance(value, torch.Tensor):
@@ -110,6 +111,9 @@ def why_aside(arguments: Arguments) -> str | None:
         reason = _why_not_plain(value)
         if reason is None and grad and value.requires_grad:
             reason = "requires grad and grad mode is on"
+        first = tensors.setdefault(id(value), leaf.name)
+        if reason is None and first != leaf.name:
+            reason = f"is the same tensor as {first}"
         if reason is not None:
             return f"{leaf.name} {reason}"
         if torch.is_autocast_enabled(value.device.type):

@@ -53,6 +53,7 @@ __all__ = [
     "new_fake_mode",
     "new_shape_env",
     "shape_guard_names",
+    "size_depends_on_values",
     "trace",
     "wrap_custom_op_kernels",
 ]
@@ -133,6 +134,13 @@ def trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule
     from torch.fx.experimental.proxy_tensor import make_fx
 
     return make_fx(fn, tracing_mode="symbolic")(*inputs)
+
+
+def size_depends_on_values(value: Any) -> bool:
+    """Whether a traced value has a size that only the values in a tensor tell, as ``x[x > 0]`` has."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols(value))
 
 
 def shape_guard_names() -> dict[str, Any]:
