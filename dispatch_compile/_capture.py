@@ -4,7 +4,7 @@ is a symbol, and keep what torch assumed about that symbol as guards."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,28 @@ class CannotCapture(Exception):
 
 class StepAside(Exception):
     """The implementation has a graph, but compiled code would not behave as the implementation does."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a tensor is but for its values. Strides of dimensions with one element mean nothing and are left out."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int | None, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Layout:
+        shape = tuple(tensor.shape)
+        strides = tuple(
+            stride if size != 1 and tensor.numel() else None
+            for size, stride in zip(shape, tensor.stride(), strict=True)
+        )
+        return Layout(shape, strides, tensor.dtype, tensor.device)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} of shape {list(self.shape)} and strides {list(self.strides)} on {self.device}"
 
 
 @dataclass
@@ -104,7 +126,8 @@ def capture(fn: Callable[..., Any], arguments: Arguments, tokens: int | None = N
     def flat(*inputs: Any) -> list[torch.Tensor]:
         nonlocal result_of
         tensors = inputs[len(token_counts) :]
-        result = fn(*_rebuilt_args(arguments, tensors), **_rebuilt_kwargs(arguments, tensors))
+        args, kwargs = arguments.with_tensors(tensors)
+        result = fn(*args, **kwargs)
         outputs, result_of = _flat_outputs(result)
         _check_outputs(outputs, tensors, arguments)
         return outputs
@@ -117,6 +140,17 @@ def capture(fn: Callable[..., Any], arguments: Arguments, tokens: int | None = N
         raise CannotCapture(first_line(error)) from error
     _check_graph(graph, arguments)
     return Captured(graph, token_counts, fakes, shape_env, result_of, arguments)
+
+
+def result_layouts(fn: Callable[..., Any], arguments: Arguments) -> list[Layout]:
+    """How the implementation's results are laid out for exactly these arguments."""
+    tensors = [leaf.value for leaf in arguments.tensors]
+    with new_fake_mode(None):
+        args, kwargs = arguments.with_tensors(
+            [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
+        )
+        outputs, _ = _flat_outputs(fn(*args, **kwargs))
+    return [Layout.of(output) for output in outputs]
 
 
 def _fake_inputs(
@@ -137,28 +171,6 @@ def _fake_inputs(
         with fake_mode:
             fakes.append(torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device))
     return token_counts, fakes
-
-
-def _rebuilt_args(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> list[Any]:
-    values = _values_by_source(arguments, tensors)
-    return [_rebuilt(f"a{i}", value, values) for i, value in enumerate(arguments.args)]
-
-
-def _rebuilt_kwargs(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
-    values = _values_by_source(arguments, tensors)
-    return {name: _rebuilt(f"k{i}", value, values) for i, (name, value) in enumerate(arguments.kwargs.items())}
-
-
-def _values_by_source(arguments: Arguments, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
-    values = {leaf.source: leaf.value for leaf in arguments.leaves}
-    values.update(zip((leaf.source for leaf in arguments.tensors), tensors, strict=True))
-    return values
-
-
-def _rebuilt(source: str, value: Any, values: Mapping[str, Any]) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [values[f"{source}[{i}]"] for i in range(len(value))]
-    return values[source]
 
 
 def _flat_outputs(result: Any) -> tuple[list[torch.Tensor], str]:

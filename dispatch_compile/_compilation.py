@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ._capture import CannotCapture, Captured, StepAside, capture, first_line
+from ._capture import CannotCapture, Captured, Layout, StepAside, capture, first_line, result_layouts
 from ._config import CompileConfig
 from ._ir import Impl
-from ._specialization import Arguments, GuardedCall, guarded, shape_check
+from ._specialization import Arguments, GuardedCall, guarded, with_tokens, within_shapes
 from ._torch_private import OpOverload, inductor_compile, lookup_backend, shape_guard_names
 
 _log = logging.getLogger("dispatch_compile")
@@ -32,6 +32,9 @@ _INDUCTOR_DEFAULTS: Mapping[str, Any] = {
 # twice as long. Code tuned for many tokens is hardly slower at few. Inductor assumes as many where it knows nothing.
 TOKENS_TO_TUNE_FOR = 8192
 
+# An engine may have left little of the device's memory; this is more than its caches hold, so that tuning sees memory.
+BYTES_TO_TUNE_ON = 128 * 2**20
+
 
 class CannotCompile(Exception):
     """No code could be made; the message names op, implementation and cause."""
@@ -45,7 +48,7 @@ class Code:
     """Compiled code for one specialization."""
 
     run: Run  # takes a list that it may empty
-    inputs: str  # expression that makes the list, in terms of the leaves' sources
+    call: str  # expression that runs it, in terms of `run` and the leaves' sources
     source: str | None  # the text of the generated code, if the backend generates any
     shape_guard: str | None  # what must hold of the dynamic sizes
     result: str  # expression that makes the op's result of `{}`, the list of output tensors
@@ -73,7 +76,7 @@ class Specialization:
         if self.code is None:
             return guarded(arguments, None, "None", {})
         names = {**shape_guard_names(), "run": self.code.run}
-        return guarded(arguments, self.code.shape_guard, self.code.result.format(f"run({self.code.inputs})"), names)
+        return guarded(arguments, self.code.shape_guard, self.code.result.format(self.code.call), names)
 
 
 def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: CompileConfig) -> Specialization:
@@ -85,6 +88,7 @@ def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: C
     start = time.perf_counter()
     try:
         code = _code_for(impl.func_impl_fn, arguments, config)
+        _check_results(code, impl.func_impl_fn, arguments)
     except StepAside as reason:
         return Specialization(code=None, failure=str(reason))
     except CannotCapture as error:
@@ -95,7 +99,7 @@ def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: C
         ) from error
     seconds = time.perf_counter() - start
     _log.info("compiled %s (%s) for %s in %.1f s", overload, impl.provider, code.symbolic_shapes, seconds)
-    return Specialization(code, admits=shape_check(arguments, code.shape_guard, shape_guard_names()))
+    return Specialization(code, admits=within_shapes(arguments, code.shape_guard, "True", shape_guard_names()))
 
 
 def _code_for(fn: Callable[..., Any], arguments: Arguments, config: CompileConfig) -> Code:
@@ -105,13 +109,40 @@ def _code_for(fn: Callable[..., Any], arguments: Arguments, config: CompileConfi
         if _admits(captured, arguments):
             code = _compile(captured, config)
             if _admits(captured, arguments):  # compiling may have added guards
+                _tune(code, arguments)
                 return code
     return _compile(capture(fn, arguments), config)
 
 
 def _admits(captured: Captured, arguments: Arguments) -> bool:
-    check = shape_check(arguments, captured.guards(), shape_guard_names())
+    check = within_shapes(arguments, captured.guards(), "True", shape_guard_names())
     return bool(check(arguments.args, arguments.kwargs))
+
+
+def _tune(code: Code, arguments: Arguments) -> None:
+    """Run the code on many tokens: Triton kernels choose among their configurations at their first launch."""
+    tensors = arguments.tensors
+    if not any(leaf.value.is_cuda for leaf in tensors):
+        return
+    bytes_per_token = sum(leaf.value.nbytes // leaf.value.size(0) for leaf in tensors if leaf.dynamic)
+    tokens = max(2, min(TOKENS_TO_TUNE_FOR, BYTES_TO_TUNE_ON // max(1, bytes_per_token)))
+    many = [with_tokens(leaf, tokens) if leaf.dynamic else leaf.value for leaf in tensors]
+    args, kwargs = arguments.with_tensors(many)
+    _within_shapes(code, arguments)(tuple(args), kwargs)
+
+
+def _check_results(code: Code, fn: Callable[..., Any], arguments: Arguments) -> None:
+    """Run the code once, and compare its results with what the implementation promises, in all but the values."""
+    actual = list(map(Layout.of, _within_shapes(code, arguments)(arguments.args, arguments.kwargs)))
+    expected = result_layouts(fn, arguments)
+    if actual != expected:
+        given, promised = (", ".join(map(str, layouts)) for layouts in (actual, expected))
+        raise RuntimeError(f"the code gives {given} where the implementation gives {promised}")
+
+
+def _within_shapes(code: Code, arguments: Arguments) -> GuardedCall:
+    """``call(args, kwargs)``: the code's output tensors for arguments with the same key, None where it must not run."""
+    return within_shapes(arguments, code.shape_guard, code.call, {**shape_guard_names(), "run": code.run})
 
 
 def _what(overload: OpOverload, impl: Impl) -> str:
@@ -130,8 +161,8 @@ def _compile(captured: Captured, config: CompileConfig) -> Code:
         run = _run_of_backend(backend(captured.graph, captured.inputs))
     # Only now: compiling may have added to what is assumed of the sizes.
     guards = captured.guards()
-    inputs = f"[{', '.join(captured.input_sources)}]"
-    return Code(run, inputs, source, guards, captured.result, captured.symbolic_shapes())
+    call = f"run([{', '.join(captured.input_sources)}])"
+    return Code(run, call, source, guards, captured.result, captured.symbolic_shapes())
 
 
 def _run_of_nothing(outputs: list[torch.Tensor]) -> Run:

@@ -68,6 +68,19 @@ class Arguments:
     def tensors(self) -> list[Leaf]:
         return [leaf for leaf in self.leaves if isinstance(leaf.value, torch.Tensor)]
 
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """``args`` and ``kwargs`` with other tensors in the places of the tensor leaves."""
+        values = {leaf.source: leaf.value for leaf in self.leaves}
+        values.update(zip((leaf.source for leaf in self.tensors), tensors, strict=True))
+
+        def rebuilt(source: str, value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [values[f"{source}[{i}]"] for i in range(len(value))]
+            return values[source]
+
+        args = [rebuilt(f"a{i}", value) for i, value in enumerate(self.args)]
+        return args, {name: rebuilt(f"k{i}", value) for i, (name, value) in enumerate(self.kwargs.items())}
+
 
 def flatten(parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
     """Read the arguments of a call as the dispatcher gives them (fact: by position, trailing defaults dropped)."""
@@ -188,6 +201,14 @@ def strides(leaf: Leaf) -> tuple[int | tuple[str, int], ...]:
     )
 
 
+def with_tokens(leaf: Leaf, tokens: int) -> torch.Tensor:
+    """A tensor of zeros that is laid out as a dynamic leaf would be with another number of tokens."""
+    size = [tokens if dim == TOKENS else dim for dim in sizes(leaf)]
+    stride = [tokens * dim[1] if isinstance(dim, tuple) else dim for dim in strides(leaf)]
+    length = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
+    return torch.zeros(length, dtype=leaf.value.dtype, device=leaf.value.device).as_strided(size, stride)
+
+
 MISS = object()
 
 # call(args, kwargs) -> result, or MISS
@@ -228,19 +249,22 @@ def guarded(arguments: Arguments, shape_guard: str | None, result: str, names: M
         *sizes_read,
         f"return {result} if {shape_guard} else MISS",
     ]
+    return _generated(lines, scope)
+
+
+def within_shapes(arguments: Arguments, shape_guard: str | None, result: str, names: Mapping[str, Any]) -> GuardedCall:
+    """Generate ``call(args, kwargs)`` for arguments with the same key: the value of ``result`` if the guard on the
+    dynamic sizes holds, else None. Parameters as for :func:`guarded`."""
+    scope = {**names, "MISS": None}
+    lines = [*_unpacking(arguments), f"return {result} if {shape_guard or True} else None"]
+    return _generated(lines, scope)
+
+
+def _generated(lines: list[str], scope: dict[str, Any]) -> GuardedCall:
     code = "\n    ".join(["def call(args, kwargs):", *lines])
     exec(compile(code, "<dispatch_compile guards>", "exec"), scope)
     call: GuardedCall = scope["call"]
     return call
-
-
-def shape_check(arguments: Arguments, shape_guard: str | None, names: Mapping[str, Any]) -> GuardedCall:
-    """``check(args, kwargs)``: whether a guard on the dynamic sizes holds for arguments with the same key."""
-    scope = {**names, "MISS": False}
-    code = "\n    ".join(["def check(args, kwargs):", *_unpacking(arguments), f"return {shape_guard or True}"])
-    exec(compile(code, "<dispatch_compile guards>", "exec"), scope)
-    check: GuardedCall = scope["check"]
-    return check
 
 
 def _unpacking(arguments: Arguments) -> list[str]:

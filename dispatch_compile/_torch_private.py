@@ -111,8 +111,8 @@ def new_shape_env() -> Any:
     return ShapeEnv()
 
 
-def new_fake_mode(shape_env: Any) -> Any:
-    """A FakeTensorMode that refuses real tensors: an implementation reads its arguments alone."""
+def new_fake_mode(shape_env: Any | None) -> Any:
+    """A FakeTensorMode, with symbols or without, that refuses real tensors: an implementation reads its arguments."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(shape_env=shape_env)

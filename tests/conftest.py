@@ -1,0 +1,96 @@
+"""Fixtures: throw-away ops, and skipping what this machine cannot run."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dispatch_compile as dc
+
+_serial = itertools.count()
+OPAQUE_NAMESPACE = "dispatch_compile_test"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["cuda"] = pytest.mark.skip(reason="needs a CUDA device")
+    if importlib.util.find_spec("vllm") is None:
+        missing["vllm"] = pytest.mark.skip(reason="needs the real vLLM")
+    for item in items:
+        for marker, skip in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def define_ir_op() -> Iterator[Callable[..., dc.IrOp]]:
+    """``define_ir_op(native, **register_op's options)``: an IR op under a name of its own, gone after the test."""
+    defined: list[dc.IrOp] = []
+
+    def define(native: Callable[..., Any], *, name: str | None = None, **options: Any) -> dc.IrOp:
+        name = name or f"{native.__name__.strip('_')}_{next(_serial)}"
+        op = dc.register_op(native, name=name) if not options else dc.register_op(name=name, **options)(native)
+        defined.append(op)
+        return op
+
+    yield define
+    for op in defined:
+        op.unregister()
+
+
+@pytest.fixture
+def define_opaque() -> Iterator[Callable[..., Any]]:
+    """``define_opaque(body)``: an opaque op as vLLM registers them, under a name of its own, gone after the test."""
+    libraries: list[torch.library.Library] = []
+
+    def define(
+        body: Callable[..., Any],
+        *,
+        name: str | None = None,
+        fake: Callable[..., Any] | None = None,
+        mutates_args: tuple[str, ...] = (),
+        key: str = "CompositeExplicitAutograd",
+    ) -> Any:
+        library = torch.library.Library(OPAQUE_NAMESPACE, "FRAGMENT")
+        libraries.append(library)
+        name = name or f"{body.__name__.strip('_')}_{next(_serial)}"
+        library.define(name + torch.library.infer_schema(body, mutates_args=mutates_args))
+        library.impl(name, body, key)
+        if fake is not None:
+            torch.library.register_fake(f"{OPAQUE_NAMESPACE}::{name}", fake, lib=library)
+        return getattr(getattr(torch.ops, OPAQUE_NAMESPACE), name).default
+
+    yield define
+    for library in libraries:
+        library._destroy()
+
+
+class CountedOp:
+    """An IR op that knows how often Python ran its native implementation: on every native call, and once for each
+    capture, but never when compiled code runs."""
+
+    def __init__(self, define_ir_op: Callable[..., dc.IrOp]) -> None:
+        self.python_runs = 0
+
+        def affine(x: Tensor, factor: float = 2.0) -> Tensor:
+            self.python_runs += 1
+            return x * factor + 1
+
+        self.op = define_ir_op(affine)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.op(*args, **kwargs)
+        return result
+
+
+@pytest.fixture
+def counted(define_ir_op: Callable[..., dc.IrOp]) -> CountedOp:
+    """An IR op ``x * factor + 1`` that counts how often its native implementation runs as Python."""
+    return CountedOp(define_ir_op)
