@@ -38,12 +38,29 @@ class _ThreadState(threading.local):
     """
 
     def __init__(self) -> None:
-        self.set([])
+        self.stack: tuple[DispatchCompileMode, ...] = ()
+        self.tracing = 0
+        self.untraced: DispatchCompileMode | None = None
 
-    def set(self, stack: list[DispatchCompileMode]) -> None:
-        self.stack = stack
-        self.tracing = sum(mode.trace is not None for mode in stack)
-        self.untraced = stack[-1] if stack and not self.tracing else None
+    def push(self, mode: DispatchCompileMode) -> None:
+        self.stack = (*self.stack, mode)
+        self.tracing += mode.trace is not None
+        self.untraced = None if self.tracing else mode
+
+    def pop(self) -> None:
+        self.tracing -= self.stack[-1].trace is not None
+        self.stack = self.stack[:-1]
+        self.untraced = self.stack[-1] if self.stack and not self.tracing else None
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """No mode: the compiler's own calls of IR ops are none of ours."""
+        saved = self.stack, self.tracing, self.untraced
+        self.stack, self.tracing, self.untraced = (), 0, None
+        try:
+            yield
+        finally:
+            self.stack, self.tracing, self.untraced = saved
 
 
 _thread = _ThreadState()
@@ -111,7 +128,7 @@ class DispatchCompileMode(TorchDispatchMode):
         self.cache = cache if cache is not None else NativeCache()
         self.trace = Trace() if trace else None
         self._selects = _registry.selection(ops)
-        self._routes: dict[OpOverload, _Route] = {}
+        self._routes: dict[int, _Route] = {}  # by id of the overload: hashing one runs Python
         self._seen: list[weakref.ref[Op]] = []
         self._caught: set[OpOverload] = set()
         self._sync_lock = threading.Lock()
@@ -121,7 +138,7 @@ class DispatchCompileMode(TorchDispatchMode):
     def __enter__(self) -> DispatchCompileMode:
         if self.trace is not None or [ref() for ref in self._seen] != _registry.known_ops():
             self._sync()
-        _thread.set([*_thread.stack, self])
+        _thread.push(self)
         return self
 
     def __exit__(
@@ -129,7 +146,7 @@ class DispatchCompileMode(TorchDispatchMode):
     ) -> None:
         if not _thread.stack or _thread.stack[-1] is not self:
             raise RuntimeError("DispatchCompileMode: modes must be left in the reverse order of entering")
-        _thread.set(_thread.stack[:-1])
+        _thread.pop()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -142,12 +159,12 @@ class DispatchCompileMode(TorchDispatchMode):
         with self._sync_lock:
             ops = _registry.known_ops()
             routes = {
-                overload: self._routes.get(overload) or _Route(op, overload, self.cache.counters)
+                id(overload): self._route(op, overload)
                 for op in ops
                 for overload in _registry.overloads(op)
                 if self._selects(op, overload)
             }
-            wanted = set(routes)
+            wanted = {route.overload for route in routes.values()}
             if self.trace is not None:
                 wanted |= opaque_overloads()
             gone, fresh = self._caught - wanted, wanted - self._caught
@@ -157,6 +174,10 @@ class DispatchCompileMode(TorchDispatchMode):
             self._caught |= fresh
             self._seen = [weakref.ref(op) for op in ops]
             self._routes = routes
+
+    def _route(self, op: Op, overload: OpOverload) -> _Route:
+        known = self._routes.get(id(overload))
+        return known if known is not None and known.op() is op else _Route(op, overload, self.cache.counters)
 
     def _run(
         self, route: _Route, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: TraceEvent | None
@@ -203,7 +224,7 @@ class DispatchCompileMode(TorchDispatchMode):
                     call.note(NATIVE, "not compiled yet, and a CUDA graph is being captured")
                     return call.redispatch()
                 try:
-                    with _suspended_modes():
+                    with _thread.suspended():
                         specialization = specialize(call.route.overload, impl, arguments, self.config)
                     self.cache.counters.compiles += specialization.code is not None
                     table.add(key, specialization)
@@ -264,17 +285,6 @@ class _Call:
             self.event.not_compiled(action, reason)
 
 
-@contextmanager
-def _suspended_modes() -> Iterator[None]:
-    """No mode on this thread: the compiler's own calls of IR ops are none of ours."""
-    stack = _thread.stack
-    _thread.set([])
-    try:
-        yield
-    finally:
-        _thread.set(stack)
-
-
 def _captures_cuda_graph(arguments: Arguments) -> bool:
     on_cuda = any(leaf.value.is_cuda for leaf in arguments.tensors)
     return on_cuda and torch.cuda.is_current_stream_capturing()
@@ -283,12 +293,12 @@ def _captures_cuda_graph(arguments: Arguments) -> bool:
 def _kernel(overload: OpOverload) -> Callable[..., Any]:
     """The kernel that catches calls of ``overload`` in every thread of the process."""
 
-    thread = _thread
+    thread, key = _thread, id(overload)
 
     def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
         mode = thread.untraced
         if mode is not None:
-            route = mode._routes.get(overload)
+            route = mode._routes.get(key)
             if route is not None:
                 op = route.op()
                 last, table = route.last
@@ -309,7 +319,7 @@ def _intercept(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs:
     if _thread.tracing:
         return _run_traced(overload, keyset, args, kwargs)
     for mode in reversed(_thread.stack):
-        route = mode._routes.get(overload)
+        route = mode._routes.get(id(overload))
         if route is not None:
             return mode._run(route, keyset, args, kwargs, None)
     return _hooks.redispatch(overload, keyset, args, kwargs)
@@ -319,7 +329,7 @@ def _run_traced(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs
     """As the kernel does, in front of the traces of every mode entered on this thread."""
     traces = list({id(mode.trace): mode.trace for mode in _thread.stack if mode.trace is not None}.values())
     for mode in reversed(_thread.stack):
-        route = mode._routes.get(overload)
+        route = mode._routes.get(id(overload))
         if route is not None:
             event = TraceEvent.of(overload, args, kwargs)
             for trace in traces:
