@@ -19,6 +19,10 @@ COMMANDS = {
         "dispatch_compile.demo.cli",
         "a fused MoE and an MLA decode step as opaque custom ops, eager against compiled",
     ),
+    "bench": Command(
+        "dispatch_compile.bench.cli",
+        "time per call of IR ops in the mode, beside everything that one could use instead",
+    ),
 }
 
 

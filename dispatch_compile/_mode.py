@@ -22,7 +22,7 @@ from ._errors import CompileError, DispatchCompileWarning
 from ._ir import Impl, Op
 from ._opaque import opaque_overloads
 from ._specialization import MISS, Arguments, Parameters, flatten, key_of, why_aside
-from ._torch_private import OpOverload, TorchDispatchMode, compile_lock
+from ._torch_private import OpOverload, TorchDispatchMode, compile_lock, hide_from_dynamo
 from ._trace import NATIVE, PASSED, Trace, TraceEvent, described
 
 _log = logging.getLogger("dispatch_compile")
@@ -311,6 +311,7 @@ def _kernel(overload: OpOverload) -> Callable[..., Any]:
                             return result
         return _intercept(overload, keyset, args, kwargs)
 
+    hide_from_dynamo(kernel)
     return kernel
 
 

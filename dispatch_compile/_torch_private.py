@@ -17,6 +17,9 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 
+# See hide_from_dynamo.
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
 # torch.compile's own C++ guards: one call checks what would take Python twenty.
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 
@@ -46,6 +49,7 @@ __all__ = [
     "dynamic_size",
     "global_state",
     "has_kernel",
+    "hide_from_dynamo",
     "inductor_compile",
     "is_functorch_wrapped",
     "is_zero_tensor",
@@ -76,6 +80,12 @@ def has_kernel(overload: OpOverload, dispatch_key: str) -> bool:
 def global_state() -> str:
     """torch.compile's snapshot of the global state that changes what is captured, as JSON text."""
     return str(GlobalStateGuard().__getstate__())  # type: ignore[attr-defined]  # missing in torch's stub
+
+
+def hide_from_dynamo(fn: Callable[..., Any]) -> None:
+    """Make Dynamo run ``fn``, and all that it calls, as plain Python: it would trace the kernels of ops that are
+    called in frames that it skipped. ``torch.compiler.disable`` does so by wrapping, which costs every call."""
+    set_code_exec_strategy(fn.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 def dual_level() -> int:
