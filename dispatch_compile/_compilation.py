@@ -154,7 +154,8 @@ def _compile(captured: Captured, config: CompileConfig) -> Code:
     if all(0 in output.shape for output in captured.outputs):
         run = _run_of_nothing(captured.outputs)
     elif config.backend == "inductor":
-        inductor = inductor_compile(captured.graph, captured.inputs, {**_INDUCTOR_DEFAULTS, **config.options})
+        options = {**_INDUCTOR_DEFAULTS, **_bounds_check_options(captured), **config.options}
+        inductor = inductor_compile(captured.graph, captured.inputs, options)
         run, source = inductor.run, inductor.source
     else:
         backend = lookup_backend(config.backend) if isinstance(config.backend, str) else config.backend
@@ -163,6 +164,17 @@ def _compile(captured: Captured, config: CompileConfig) -> Code:
     guards = captured.guards()
     call = f"run([{', '.join(captured.input_sources)}])"
     return Code(run, call, source, guards, captured.result, captured.symbolic_shapes())
+
+
+def _bounds_check_options(captured: Captured) -> Mapping[str, Any]:
+    """On a CPU, an index out of range ends the process if it is found on an OpenMP thread; on the caller's it raises.
+
+    Whatever has integers may use them as indices.
+    """
+    values = [node.meta.get("val") for node in captured.graph.graph.nodes]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    indexes = any(t.device.type == "cpu" and t.dtype in (torch.int32, torch.int64) for t in tensors)
+    return {"cpp.threads": 1} if indexes else {}
 
 
 def _run_of_nothing(outputs: list[torch.Tensor]) -> Run:

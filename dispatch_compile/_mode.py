@@ -16,6 +16,7 @@ import torch
 
 from . import _hooks, _registry
 from ._cache import Counters, NativeCache, Table
+from ._capture import first_line
 from ._compilation import CannotCompile, Specialization, specialize
 from ._config import CompileConfig
 from ._errors import CompileError, DispatchCompileWarning
@@ -193,12 +194,15 @@ class DispatchCompileMode(TorchDispatchMode):
         if event is not None:
             event.provider = impl.provider
         if table is not None:
+            call = _Call(route, keyset, args, kwargs, event)
             for entry in table.guarded:
-                result = entry.call(args, kwargs)
+                try:
+                    result = entry.call(args, kwargs)
+                except Exception as error:
+                    return self._run_after_error(call, error)
                 if result is not MISS:
-                    call = _Call(route, keyset, args, kwargs, event)
                     return self._finish(call, entry.specialization, result, new=False)
-            return self._run_unseen(_Call(route, keyset, args, kwargs, event), op, impl)
+            return self._run_unseen(call, op, impl)
         if event is not None:
             event.not_compiled(PASSED, f"provider {impl.provider!r} is not in providers {self.config.providers}")
         return _hooks.redispatch(route.overload, keyset, args, kwargs)
@@ -234,7 +238,11 @@ class DispatchCompileMode(TorchDispatchMode):
             assert failure is not None
             return self._run_uncompilable(call, table, key, arguments, failure)
         entry = table.add_guard(specialization, arguments)
-        return self._finish(call, specialization, entry.call(call.args, call.kwargs), new)
+        try:
+            result = entry.call(call.args, call.kwargs)
+        except Exception as error:
+            return self._run_after_error(call, error)
+        return self._finish(call, specialization, result, new)
 
     def _finish(self, call: _Call, specialization: Specialization, result: Any, new: bool) -> Any:
         """The end of a call whose specialization is known: ``result`` is what its guarded call gave."""
@@ -250,6 +258,15 @@ class DispatchCompileMode(TorchDispatchMode):
             raise CompileError(reason)
         return call.redispatch()
 
+    def _run_after_error(self, call: _Call, error: Exception) -> Any:
+        """Compiled code raised: let the op itself say whether that is an error, and which."""
+        result = call.redispatch()
+        self.cache.counters.fallbacks += 1
+        reason = f"its compiled code raised {first_line(error)}"
+        call.note(NATIVE, reason)
+        _warn(f"{call.route.overload.name()}: {reason}; the op ran natively, without an error")
+        return result
+
     def _run_uncompilable(
         self, call: _Call, table: Table, key: Hashable, arguments: Arguments, failure: CannotCompile
     ) -> Any:
@@ -262,8 +279,7 @@ class DispatchCompileMode(TorchDispatchMode):
         call.note(NATIVE, str(failure))
         if specialization.fatal:
             raise CompileError(str(failure)) from failure.__cause__
-        _log.warning("%s; it runs natively", failure)
-        warnings.warn(f"{failure}; it runs natively", DispatchCompileWarning, stacklevel=3)
+        _warn(f"{failure}; it runs natively")
         return result
 
 
@@ -285,6 +301,11 @@ class _Call:
             self.event.not_compiled(action, reason)
 
 
+def _warn(text: str) -> None:
+    _log.warning("%s", text)
+    warnings.warn(text, DispatchCompileWarning, stacklevel=2)
+
+
 def _captures_cuda_graph(arguments: Arguments) -> bool:
     on_cuda = any(leaf.value.is_cuda for leaf in arguments.tensors)
     return on_cuda and torch.cuda.is_current_stream_capturing()
@@ -304,11 +325,14 @@ def _kernel(overload: OpOverload) -> Callable[..., Any]:
                 last, table = route.last
                 # `is`: the implementation that dispatch chooses now has the table that is at hand.
                 if table is not None and op is not None and op.dispatch(*args, **kwargs) is last():
-                    for call in table.calls:
-                        result = call(args, kwargs)
-                        if result is not MISS:
-                            route.counters.hits += 1
-                            return result
+                    try:
+                        for call in table.calls:
+                            result = call(args, kwargs)
+                            if result is not MISS:
+                                route.counters.hits += 1
+                                return result
+                    except Exception:
+                        pass  # the long way deals with it
         return _intercept(overload, keyset, args, kwargs)
 
     hide_from_dynamo(kernel)

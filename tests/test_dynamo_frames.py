@@ -57,5 +57,6 @@ def test_a_mode_entered_in_a_compiled_function_is_a_graph_break():
     x = torch.randn(4, 16)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(entering, backend="aot_eager")(x), entering(x))
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="DispatchCompileMode"):
         torch.compile(entering, backend="aot_eager", fullgraph=True)(x)

@@ -67,9 +67,12 @@ def test_an_intercepted_call_runs_nothing_but_dispatch_guard_and_code():
 def test_an_op_that_is_not_caught_runs_no_python():
     x = torch.randn(4, 4)
     with dc.DispatchCompileMode():
-        assert_expected_inline(functions_run(lambda: torch.add(x, x)), """\
+        assert_expected_inline(
+            functions_run(lambda: torch.add(x, x)),
+            """\
 <lambda>
-  add (C)""")
+  add (C)""",
+        )
 
 
 def test_entering_and_leaving_is_short():

@@ -1,0 +1,65 @@
+"""Errors that only the values in a tensor can cause reach the caller as eager raises them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+import dispatch_compile as dc
+
+
+def test_an_index_out_of_range_raises_eagers_error(define_ir_op):
+    def rows(x: Tensor, table: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(x, table) * 2
+
+    op = define_ir_op(rows)
+    table = torch.randn(8, 4)
+    good, bad = torch.arange(3), torch.tensor([0, 99, 1])
+    mode = dc.DispatchCompileMode(trace=True)
+    with pytest.raises(IndexError) as eager:
+        op(bad, table)
+    for first, second in [(good, bad), (bad, good)]:
+        mode.cache.clear()
+        for ids in (first, second):
+            if ids is good:
+                with mode:
+                    torch.testing.assert_close(op(ids, table), table[:3] * 2)
+            else:
+                with pytest.raises(IndexError) as compiled, mode:
+                    op(ids, table)
+                assert str(compiled.value) == str(eager.value)
+    assert mode.cache.stats().hits == 2
+
+
+def test_code_that_raises_where_the_op_does_not_is_said_to(define_ir_op, caplog):
+    def shifted(x: Tensor) -> Tensor:
+        return x + 1
+
+    op = define_ir_op(shifted)
+    calls = 0
+
+    def backend(graph, inputs):
+        def run(*args):
+            nonlocal calls
+            calls += 1
+            if calls > 1:  # the first call checks the code
+                raise RuntimeError("no memory left")
+            return graph(*args)
+
+        return run
+
+    mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend=backend), trace=True)
+    x = torch.randn(4, 4)
+    with (
+        mode,
+        caplog.at_level(logging.WARNING, "dispatch_compile"),
+        pytest.warns(dc.DispatchCompileWarning, match="no memory left"),
+    ):
+        torch.testing.assert_close(op(x), x + 1)
+    [event] = mode.trace.events
+    assert (event.action, event.reason) == ("native", "its compiled code raised RuntimeError: no memory left")
+    assert mode.cache.stats().fallbacks == 1
+    assert "no memory left" in caplog.text
