@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import TracebackType
@@ -14,6 +15,13 @@ from ._mode import DispatchCompileMode, current_mode
 from ._torch_private import CustomOpDef, wrap_custom_op_kernels
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Entered(threading.local):
+    """What this thread has entered, innermost last: bare ``with`` blocks of all threads share one object."""
+
+    def __init__(self) -> None:
+        self.contexts: list[Any] = []
 
 
 class CompileNatives:
@@ -39,7 +47,7 @@ class CompileNatives:
 
     def __init__(self, mode: DispatchCompileMode | None = None) -> None:
         self._mode = mode
-        self._entered: list[Any] = []
+        self._entered = _Entered()
 
     @overload
     def __call__(self, fn: F) -> F: ...
@@ -92,7 +100,7 @@ class CompileNatives:
 
     def __enter__(self) -> DispatchCompileMode:
         context = self._context()
-        self._entered.append(context)
+        self._entered.contexts.append(context)
         context.__enter__()
         mode = current_mode()
         assert mode is not None
@@ -101,7 +109,7 @@ class CompileNatives:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._entered.pop().__exit__(kind, error, traceback)
+        self._entered.contexts.pop().__exit__(kind, error, traceback)
 
 
 @functools.cache

@@ -71,6 +71,7 @@ class Table:
         self.calls: tuple[GuardedCall, ...] = ()
         self.guarded: tuple[Guarded, ...] = ()
         self._by_key: dict[Hashable, list[Specialization]] = {}
+        self.failures_warned_of: set[str] = set()
 
     def find(self, key: Hashable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Specialization | None:
         """The specialization for a key whose guards on the dynamic sizes hold for these arguments."""

@@ -53,6 +53,7 @@ class Code:
     shape_guard: str | None  # what must hold of the dynamic sizes
     result: str  # expression that makes the op's result of `{}`, the list of output tensors
     symbolic_shapes: str
+    owner: object = None  # what takes the code apart when it is freed
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,10 @@ def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: C
 def _code_for(fn: Callable[..., Any], arguments: Arguments, config: CompileConfig) -> Code:
     """Code tuned for many tokens, or for the call's own number if the implementation has another graph for many."""
     if len({leaf.value.size(0) for leaf in arguments.tensors if leaf.dynamic}) == 1:
-        captured = capture(fn, arguments, tokens=TOKENS_TO_TUNE_FOR)
+        try:
+            captured = capture(fn, arguments, tokens=TOKENS_TO_TUNE_FOR)
+        except (CannotCapture, StepAside):
+            return _compile(capture(fn, arguments), config)  # many tokens may be what it does not take
         if _admits(captured, arguments):
             code = _compile(captured, config)
             if _admits(captured, arguments):  # compiling may have added guards
@@ -150,20 +154,20 @@ def _what(overload: OpOverload, impl: Impl) -> str:
 
 
 def _compile(captured: Captured, config: CompileConfig) -> Code:
-    source = None
-    if all(0 in output.shape for output in captured.outputs):
+    source = owner = None
+    if all(_is_known_to_be_empty(output) for output in captured.outputs):
         run = _run_of_nothing(captured.outputs)
     elif config.backend == "inductor":
         options = {**_INDUCTOR_DEFAULTS, **_bounds_check_options(captured), **config.options}
-        inductor = inductor_compile(captured.graph, captured.inputs, options)
-        run, source = inductor.run, inductor.source
+        owner = inductor_compile(captured.graph, captured.inputs, options)
+        run, source = owner.run, owner.source
     else:
         backend = lookup_backend(config.backend) if isinstance(config.backend, str) else config.backend
         run = _run_of_backend(backend(captured.graph, captured.inputs))
     # Only now: compiling may have added to what is assumed of the sizes.
     guards = captured.guards()
     call = f"run([{', '.join(captured.input_sources)}])"
-    return Code(run, call, source, guards, captured.result, captured.symbolic_shapes())
+    return Code(run, call, source, guards, captured.result, captured.symbolic_shapes(), owner)
 
 
 def _bounds_check_options(captured: Captured) -> Mapping[str, Any]:
@@ -175,6 +179,10 @@ def _bounds_check_options(captured: Captured) -> Mapping[str, Any]:
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     indexes = any(t.device.type == "cpu" and t.dtype in (torch.int32, torch.int64) for t in tensors)
     return {"cpp.threads": 1} if indexes else {}
+
+
+def _is_known_to_be_empty(output: torch.Tensor) -> bool:
+    return 0 in output.shape and all(isinstance(dim, int) for dim in (*output.shape, *output.stride()))
 
 
 def _run_of_nothing(outputs: list[torch.Tensor]) -> Run:

@@ -262,8 +262,8 @@ class IrOp:
         """Take the op out of torch and out of the registry; what was compiled for it can then be freed."""
         if IrOp.registry.get(self.name) is self:
             del IrOp.registry[self.name]
-            _registry.changed()
             self._library._destroy()
+            _registry.changed()  # last, for a tracing mode would take an op that still exists for an opaque one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.torch_op(*args, **kwargs)

@@ -279,7 +279,9 @@ class DispatchCompileMode(TorchDispatchMode):
         call.note(NATIVE, str(failure))
         if specialization.fatal:
             raise CompileError(str(failure)) from failure.__cause__
-        _warn(f"{failure}; it runs natively")
+        if str(failure) not in table.failures_warned_of:
+            table.failures_warned_of.add(str(failure))
+            _warn(f"{failure}; it runs natively")
         return result
 
 

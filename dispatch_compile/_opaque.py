@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._hooks import hookable
-from ._torch_private import OpOverload, all_op_names, has_kernel
+from ._torch_private import OpOverload, all_op_names, has_kernel, has_schema
 
 # Namespaces that torch 2.11 to 2.15 register ops in; tests/test_opaque.py compares them with the torch installed.
 TORCH_NAMESPACES = frozenset(
@@ -23,7 +23,7 @@ def opaque_overloads() -> set[OpOverload]:
     found = set()
     for qualified in all_op_names():
         namespace, _, rest = qualified.partition("::")
-        if namespace in TORCH_NAMESPACES:
+        if namespace in TORCH_NAMESPACES or not has_schema(qualified):
             continue
         name, _, overload_name = rest.partition(".")
         packet = getattr(getattr(torch.ops, namespace), name, None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._C import (
     DispatchKey,
+    _dispatch_find_schema_or_throw,
     _dispatch_get_all_op_names,
     _dispatch_has_kernel_for_dispatch_key,
     _dispatch_keyset_full_after,
@@ -49,6 +50,7 @@ __all__ = [
     "dynamic_size",
     "global_state",
     "has_kernel",
+    "has_schema",
     "hide_from_dynamo",
     "inductor_compile",
     "is_functorch_wrapped",
@@ -70,6 +72,17 @@ all_op_names: Callable[[], list[str]] = _dispatch_get_all_op_names
 
 # Non-zero while a TorchDispatchMode would see the ops in a native implementation's body.
 dispatch_modes_active: Callable[[], int] = _len_torch_dispatch_stack
+
+
+def has_schema(qualified: str) -> bool:
+    """Whether ``"ns::name.overload"`` is defined. A name with kernels alone, as our hooks leave when the library that
+    defined an op is gone, is listed too, and ``torch.ops`` still hands out what it handed out before."""
+    name, _, overload_name = qualified.partition(".")
+    try:
+        _dispatch_find_schema_or_throw(name, overload_name)
+    except RuntimeError:
+        return False
+    return True
 
 
 def has_kernel(overload: OpOverload, dispatch_key: str) -> bool:

@@ -1,0 +1,317 @@
+"""Every private torch name that the package uses still does what the package uses it for."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dispatch_compile import _torch_private as private
+
+TESTED: set[str] = set()
+
+
+def covers(*names: str):
+    """Mark a test as the one for these names of ``_torch_private``."""
+    TESTED.update(names)
+    return lambda test: test
+
+
+@pytest.fixture
+def overload(define_opaque):
+    def twice(x: Tensor) -> Tensor:
+        return x * 2
+
+    return define_opaque(twice)
+
+
+@covers("BELOW_BACKEND_SELECT")
+def test_keys_below_backend_select(overload):
+    for key in ("CPU", "CUDA", "Meta", "SparseCPU"):
+        assert private.BELOW_BACKEND_SELECT.has(getattr(torch._C.DispatchKey, key)), key
+    for key in ("BackendSelect", "AutogradCPU", "Python", "Functionalize"):
+        assert not private.BELOW_BACKEND_SELECT.has(getattr(torch._C.DispatchKey, key)), key
+
+
+@covers("BELOW_BACKEND_SELECT")
+def test_a_kernel_at_backend_select_is_reached_first_and_redispatches(overload):
+    seen = []
+
+    def kernel(keyset, x):
+        seen.append(keyset)
+        return overload.redispatch(keyset & private.BELOW_BACKEND_SELECT, x)
+
+    library = torch.library.Library(overload.namespace, "IMPL")
+    library.impl(overload.name().partition("::")[2], kernel, "BackendSelect", with_keyset=True)
+    try:
+        assert overload(torch.ones(2)).tolist() == [2.0, 2.0]
+        assert len(seen) == 1
+    finally:
+        library._destroy()
+    overload(torch.ones(2))
+    assert len(seen) == 1, "Library._destroy takes the kernel out again"
+
+
+@covers("CustomOpDef", "wrap_custom_op_kernels")
+def test_custom_op_definitions():
+    @torch.library.custom_op("dispatch_compile_test::private_custom_op", mutates_args=())
+    def op(x: Tensor) -> Tensor:
+        return x * 2
+
+    assert isinstance(op, private.CustomOpDef)
+    private.wrap_custom_op_kernels(op, lambda kernel: lambda x: kernel(x) + 1)
+    assert op(torch.ones(2)).tolist() == [3.0, 3.0]
+
+
+@covers("GlobalStateGuard", "global_state")
+def test_global_state():
+    guard, state = private.GlobalStateGuard(), private.global_state()
+    assert isinstance(json.loads(state), dict)
+    assert guard.check()
+    assert private.global_state() == state
+    with torch.no_grad():
+        assert not guard.check()
+        assert private.global_state() != state
+    with torch.autocast("cpu"):
+        assert not guard.check()
+        assert private.global_state() != state
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not guard.check()
+        assert private.global_state() != state
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert not guard.check()
+        assert private.global_state() != state
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert guard.check()
+
+
+@covers("TensorGuards")
+def test_tensor_guards():
+    x, weight = torch.randn(4, 3), torch.randn(3)
+    guards = private.TensorGuards(x, weight, dynamic_dims_sizes=[[None, 3], [3]], dynamic_dims_strides=[[3, 1], [1]])
+    assert guards.check(x, weight)
+    assert guards.check(torch.randn(9, 3), torch.randn(3))
+    different = {
+        "size": torch.randn(4, 4),
+        "stride": torch.randn(3, 4).t(),
+        "rank": torch.randn(4, 3, 1),
+        "dtype": x.double(),
+        "requires grad": x.clone().requires_grad_(),
+        "device": x.to("meta"),
+        "conjugate": torch.randn(4, 3, dtype=torch.complex64).conj(),
+        "subclass": x.as_subclass(type("Tagged", (Tensor,), {})),
+        "no tensor": 3,
+    }
+    for what, other in different.items():
+        assert not guards.check(other, weight), what
+
+
+@covers("OpOverload", "OpOverloadPacket")
+def test_overloads(overload):
+    assert isinstance(overload, private.OpOverload)
+    assert isinstance(overload.overloadpacket, private.OpOverloadPacket)
+    assert overload.overloadpacket.overloads() == ["default"]
+    assert overload._overloadname == "default"
+    assert overload.name() == overload._schema.name
+    assert overload.namespace == "dispatch_compile_test"
+    argument = torch.ops.aten.add_.Tensor._schema.arguments[0]
+    assert (argument.name, argument.alias_info.is_write) == ("self", True)
+    assert torch.Tag.nondeterministic_seeded in torch.ops.aten.rand_like.default.tags
+    assert torch.Tag.data_dependent_output in torch.ops.aten._local_scalar_dense.default.tags
+
+
+@covers("TorchDispatchMode", "dispatch_modes_active")
+def test_dispatch_modes():
+    class Seeing(private.TorchDispatchMode):
+        active: int | None = None
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.active = private.dispatch_modes_active()
+            return func(*args, **(kwargs or {}))
+
+    assert private.TorchDispatchMode is TorchDispatchMode
+    assert private.dispatch_modes_active() == 0
+    with Seeing() as outer, Seeing():
+        assert private.dispatch_modes_active() == 2
+        torch.ones(1) + 1
+    assert outer.active == 0, "a mode is off while it handles a call"
+    assert private.dispatch_modes_active() == 0
+
+
+@covers("all_op_names")
+def test_all_op_names(overload):
+    names = private.all_op_names()
+    assert overload.name() in names
+    assert "aten::add.Tensor" in names
+
+
+@covers("has_schema")
+def test_has_schema(overload):
+    assert private.has_schema(overload.name())
+    assert private.has_schema("aten::add.Tensor")
+    assert private.has_schema("aten::relu")
+    library = torch.library.Library("dispatch_compile_test", "FRAGMENT")
+    library.define("defined_for_a_while(Tensor x) -> Tensor")
+    assert private.has_schema("dispatch_compile_test::defined_for_a_while")
+    library._destroy()
+    assert not private.has_schema("dispatch_compile_test::defined_for_a_while")
+    assert not private.has_schema("dispatch_compile_test::never_defined")
+
+
+@covers("has_kernel")
+def test_has_kernel(overload):
+    assert private.has_kernel(overload, "CompositeExplicitAutograd")
+    assert not private.has_kernel(overload, "BackendSelect")
+    assert private.has_kernel(torch.ops.aten.mul.Tensor, "CPU")
+
+
+@covers("dual_level")
+def test_dual_level():
+    assert private.dual_level() == -1
+    with torch.autograd.forward_ad.dual_level():
+        assert private.dual_level() == 0
+    assert private.dual_level() == -1
+
+
+@covers("is_functorch_wrapped")
+def test_functorch_wrappers():
+    x, seen = torch.ones(3), []
+    assert not private.is_functorch_wrapped(x)
+    torch.func.vmap(lambda x: seen.append(private.is_functorch_wrapped(x)) or x)(x)
+    torch.func.functionalize(lambda x: seen.append(private.is_functorch_wrapped(x)) or x)(x)
+    assert seen == [True, True]
+
+
+@covers("is_zero_tensor")
+def test_zero_tensors():
+    assert not private.is_zero_tensor(torch.zeros(2))
+    assert private.is_zero_tensor(torch._efficientzerotensor(2))
+
+
+@covers("new_shape_env", "new_fake_mode", "dynamic_size", "trace", "shape_guard_names")
+def test_capture_with_a_symbol():
+    shape_env = private.new_shape_env()
+    size = private.dynamic_size(shape_env, 6, "t0")
+    assert not str(size).isdecimal()
+    with private.new_fake_mode(shape_env):
+        x = torch.empty_strided([size, 3], [3, 1])
+
+    def fn(x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] % 2 == 0 else x * 3
+
+    graph = private.trace(fn, [x])
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [torch.ops.aten.mul.Tensor]
+    text = shape_env.produce_guards_expression([x])
+    assert "L['t0'].size()[0]" in text
+    check = eval(f"lambda L: {text}", private.shape_guard_names())
+    assert [check({"t0": torch.empty(n, 3)}) for n in (2, 3, 4, 100)] == [True, False, True, True]
+    assert graph(torch.ones(4, 3)).eq(2).all()
+
+
+@covers("new_fake_mode")
+def test_fake_mode_refuses_real_tensors():
+    with private.new_fake_mode(private.new_shape_env()), pytest.raises(AssertionError, match="FakeTensor"):
+        torch.ones(2) + CONSTANT
+
+
+CONSTANT = torch.ones(2)
+
+
+@covers("size_depends_on_values")
+def test_sizes_that_depend_on_values():
+    with private.new_fake_mode(private.new_shape_env()):
+        x = torch.ones(4, 3)
+        assert private.size_depends_on_values(x.nonzero())
+        assert private.size_depends_on_values(x[x > 0])
+        assert private.size_depends_on_values([x, x.nonzero()])
+        assert not private.size_depends_on_values(x[torch.tensor([1, 2])])
+        assert not private.size_depends_on_values((x, None, 3))
+
+
+@covers("compile_lock")
+def test_compile_lock():
+    with private.compile_lock(), private.compile_lock():
+        pass  # it is re-entrant
+
+
+@covers("InductorCode", "inductor_compile")
+def test_inductor():
+    shape_env = private.new_shape_env()
+    size = private.dynamic_size(shape_env, 6, "t0")
+    with private.new_fake_mode(shape_env):
+        x = torch.empty_strided([size, 3], [3, 1])
+
+    def fn(size: object, x: Tensor) -> list[Tensor]:
+        return [x * 2 + 1]
+
+    graph = private.trace(fn, [size, x])
+    code = private.inductor_compile(graph, [size, x], {"size_asserts": False})
+    assert isinstance(code, private.InductorCode)
+    for tokens in (2, 6, 9):
+        (result,) = code.run([tokens, torch.ones(tokens, 3)])
+        assert result.tolist() == [[3.0] * 3] * tokens
+    assert "def call(" in code.source
+
+
+@covers("hide_from_dynamo")
+def test_hidden_from_dynamo():
+    def hidden(x: Tensor) -> Tensor:
+        compiling.append(torch.compiler.is_compiling())
+        return x * 2
+
+    compiling: list[bool] = []
+    private.hide_from_dynamo(hidden)
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    assert torch.compile(hidden, backend=counter)(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert counter.frame_count == 0
+    assert compiling == [False]
+
+
+@covers("lookup_backend")
+def test_lookup_backend():
+    graph = torch.fx.symbolic_trace(lambda x: x * 2)
+    assert private.lookup_backend("eager")(graph, [torch.ones(2)])(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+@covers("dtype_abbreviation")
+def test_dtype_abbreviations():
+    dtypes = [torch.bfloat16, torch.float32, torch.int64, torch.float8_e4m3fn]
+    assert [private.dtype_abbreviation(dtype) for dtype in dtypes] == ["bf16", "f32", "i64", "f8e4m3fn"]
+
+
+# ---- Completeness
+
+
+def test_every_name_has_a_test():
+    assert set(private.__all__) - TESTED == set()
+
+
+def test_every_name_is_listed():
+    tree = ast.parse(inspect.getsource(private))
+    defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert {name for name in defined if not name.startswith("_")} - set(private.__all__) == set()
+
+
+def test_nothing_else_imports_private_names():
+    from pathlib import Path
+
+    private_import = re.compile(
+        r"^\s*(from torch\.\S*_\w+\S* import|from torch\S* import .*\b_\w|import torch\._)", re.M
+    )
+    for path in Path(private.__file__).parent.glob("*.py"):
+        if path.name != "_torch_private.py":
+            assert not private_import.search(
+                path.read_text().replace("from torch._inductor import list_options", "")
+            ), path
