@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.library import infer_schema
 
-from ._torch_private import OpOverload, OpOverloadPacket, has_kernel
+from ._hooks import hookable
+from ._torch_private import OpOverload, OpOverloadPacket
 
 if TYPE_CHECKING:
     from ._ir import Op
@@ -124,7 +125,7 @@ def register_native(
     missing = [name for name in activations if name not in names]
     if missing:
         raise ValueError(f"register_native: {overload}: activations {missing} are not among {names}")
-    if has_kernel(overload, "BackendSelect"):
+    if not hookable(overload):
         raise ValueError(
             f"register_native: {overload} has a BackendSelect kernel of its own (it picks a device from an "
             f"argument), so its calls cannot be intercepted"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -118,15 +116,18 @@ def test_every_op_of_the_package_is_a_case():
 # ---- Proof
 
 
-class NaiveMode(peers.TorchDispatchMode):
-    """A dispatch mode as one writes it first: inside it compiled functions silently run eagerly."""
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()  # what it has once run eagerly, it runs eagerly ever after
+    yield
+    torch._dynamo.reset()
 
-    def __init__(self, op: Any, compiled: Callable[..., Any]) -> None:
-        super().__init__()
-        self._op, self._compiled = op, compiled
+
+class PlainMode(peers.TorchDispatchMode):
+    """While such a mode is on the stack, compiled functions silently run eagerly."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return (self._compiled if func is self._op else func)(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def rotation(tokens: int = 4):
@@ -135,11 +136,8 @@ def rotation(tokens: int = 4):
 
 def test_a_compiled_function_that_runs_eagerly_is_found_out():
     op = CASES["silu_and_mul"].op
-    mode = NaiveMode(op.torch_op, torch.compile(op.impls["native"].impl_fn, dynamic=True))
-    peer = peers.Peer("naive", op.torch_op, rotation(), mode)
-    with torch.inference_mode():
-        with mode:
-            peer.call(*peer.rotation[0])
+    with torch.inference_mode(), PlainMode():
+        peer = peers.TorchCompileInMode("naive", op, peers.all_sizes_dynamic(op)).peer(rotation())
         with pytest.raises(proof.Broken, match=r"it ran eagerly: .*aten::mul, .*aten::silu"):
             proof.check_compiled(peer)
 

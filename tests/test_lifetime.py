@@ -208,7 +208,13 @@ def test_arguments_of_a_call_that_failed_are_not_kept(define_ir_op):
 # ---- The dispatch table
 
 
-def test_dispatch_table_of_an_ir_op_is_restored(counted):
+@pytest.fixture
+def no_other_modes(monkeypatch):
+    """Modes that other tests left alive, failed ones in their tracebacks, would keep the ops of these tests hooked."""
+    monkeypatch.setattr("dispatch_compile._mode._modes", weakref.WeakSet())
+
+
+def test_dispatch_table_of_an_ir_op_is_restored(no_other_modes, counted):
     overload = counted.op.torch_op
     before = dispatch_table(overload)
     first, second = dc.DispatchCompileMode(config=EAGER), dc.DispatchCompileMode(config=EAGER)
@@ -226,7 +232,7 @@ def test_dispatch_table_of_an_ir_op_is_restored(counted):
     assert dispatch_table(overload) == before
 
 
-def test_dispatch_tables_of_others_are_never_touched(counted, define_opaque):
+def test_dispatch_tables_of_others_are_never_touched(no_other_modes, counted, define_opaque):
     def opaque(x: Tensor) -> Tensor:
         return counted(x) * 2
 
@@ -241,7 +247,7 @@ def test_dispatch_tables_of_others_are_never_touched(counted, define_opaque):
     assert [dispatch_table(one) for one in watched] == before
 
 
-def test_tracing_restores_the_opaque_ops(counted, define_opaque):
+def test_tracing_restores_the_opaque_ops(no_other_modes, counted, define_opaque):
     def opaque(x: Tensor) -> Tensor:
         return counted(x) * 2
 
@@ -256,7 +262,7 @@ def test_tracing_restores_the_opaque_ops(counted, define_opaque):
     assert dispatch_table(op) == before
 
 
-def test_ops_that_are_gone_are_let_go_of_by_a_living_tracing_mode(define_opaque):
+def test_ops_that_are_gone_are_let_go_of_by_a_living_tracing_mode(no_other_modes, define_opaque):
     def fleeting(x: Tensor) -> Tensor:
         return x * 2
 
@@ -280,7 +286,7 @@ def test_ops_that_are_gone_are_let_go_of_by_a_living_tracing_mode(define_opaque)
     assert mode.cache.stats().hits == 3
 
 
-def test_removed_op_is_let_go_of(define_opaque):
+def test_removed_op_is_let_go_of(no_other_modes, define_opaque):
     def twice(x: Tensor) -> Tensor:
         return x * 2
 

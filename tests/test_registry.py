@@ -66,6 +66,16 @@ def test_registered_while_the_mode_is_entered(foreign):
     assert mode.cache.stats().hits == 1
 
 
+def test_registered_while_a_tracing_mode_watches_the_op(foreign):
+    mode = dc.DispatchCompileMode(config=EAGER, trace=True)
+    with mode:
+        foreign(torch.randn(4, 3))
+        handle = dc.register_native(foreign, twice)
+        foreign(torch.randn(4, 3))
+    handle.remove()
+    assert mode.cache.stats().hits == 1
+
+
 def test_remove_may_be_repeated(foreign):
     handle = dc.register_native(foreign, twice)
     handle.remove()

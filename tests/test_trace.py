@@ -142,7 +142,7 @@ dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, x is on t
 dispatch_compile::trace_mul(t: f32[4, 3], t: f32[4, 3])  ->  t: f32[4, 3]  # passed, weight is the same tensor as x
 dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, autocast is on for cpu
 dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, forward-mode AD is active
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, provider 'vendor' is not in providers ('native',)""",
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, provider 'vendor' is not in providers ('native',)""",  # noqa: E501 - a line of a trace is as long as it is
     )
 
 
@@ -175,7 +175,7 @@ dispatch_compile::trace_item(t: f32[4, 3])  ->  t: f32[4, 3]  # native, the 'nat
 dispatch_compile::trace_noise(t: f32[4, 3])  ->  t: f32[4, 3]  # native, the implementation draws random numbers (aten.rand_like.default)
 dispatch_compile::trace_write(t: f32[4, 3])  ->  t: f32[4, 3]  # native, the implementation changes its argument x
 dispatch_compile::trace_same(t: f32[4, 3])  ->  t: f32[4, 3]  # native, result 0 shares memory with argument x
-dispatch_compile::trace_global(t: f32[4, 3])  ->  t: f32[4, 3]  # native, the 'native' implementation of dispatch_compile::trace_global cannot be captured: AssertionError: Please convert all Tensors to FakeTensors first or instantiate FakeTensorMode with 'allow_non_fake_inputs'. Found in aten.add.Tensor(FakeTensor(..., size=(3,)), tensor(1., size=()))""",
+dispatch_compile::trace_global(t: f32[4, 3])  ->  t: f32[4, 3]  # native, the 'native' implementation of dispatch_compile::trace_global cannot be captured: AssertionError: Please convert all Tensors to FakeTensors first or instantiate FakeTensorMode with 'allow_non_fake_inputs'. Found in aten.add.Tensor(FakeTensor(..., size=(3,)), tensor(1., size=()))""",  # noqa: E501 - a line of a trace is as long as it is
     )
 
 
@@ -215,7 +215,7 @@ def test_arguments_of_every_kind(define_ir_op):
         op([torch.ones(4, 3), torch.ones(4, 5, dtype=torch.int64)], None, [0, 1], True, torch.float64)
     assert_expected_inline(
         str(mode.trace),
-        """dispatch_compile::trace_kinds([t: f32[4, 3], t: i64[4, 5]], None, [0, 1], True, torch.float64)  ->  (t: f64[4, 3], t: i64[4, 5])  # compiled, new: [s0, 3], [s0, 5]""",
+        """dispatch_compile::trace_kinds([t: f32[4, 3], t: i64[4, 5]], None, [0, 1], True, torch.float64)  ->  (t: f64[4, 3], t: i64[4, 5])  # compiled, new: [s0, 3], [s0, 5]""",  # noqa: E501 - a line of a trace is as long as it is
     )
 
 

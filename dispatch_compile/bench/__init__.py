@@ -1,0 +1,6 @@
+"""The benchmark: what an intercepted call costs, and how good its code is, beside all that one could use instead.
+
+``cases`` are the ops and their inputs, ``peers`` the ways to run them, ``timing`` measures, ``compile_time`` does so
+for first calls, ``measure`` brings these together into a ``results.Results``, which ``report`` and ``plot`` show.
+``cli`` is the command line.
+"""

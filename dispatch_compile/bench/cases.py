@@ -1,0 +1,106 @@
+"""What is measured: ops, and inputs for a number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dispatch_compile import IrOp, ops
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+EPSILON = 1e-6
+SCALE = 0.01  # 448 of them are 4.48 standard deviations of the inputs
+LATENT, ROPE = 512, 64  # DeepSeek-V3's
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The size and kind of a case's inputs."""
+
+    tokens: int
+    hidden: int
+    dtype: torch.dtype
+    device: str
+
+
+class Inputs:
+    """Makes random inputs of unit size, other ones each time."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self._random = torch.Generator(sizes.device).manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._random, device=self.sizes.device, dtype=self.sizes.dtype)
+
+    def activation(self) -> Tensor:
+        """``[T, hidden]``"""
+        return self.normal(self.sizes.tokens, self.sizes.hidden)
+
+    def weight(self) -> Tensor:
+        """``[hidden]``"""
+        return self.normal(self.sizes.hidden)
+
+    def scale(self) -> Tensor:
+        """One element, float32."""
+        return torch.full((1,), SCALE, device=self.sizes.device)
+
+    def query(self) -> tuple[Tensor, Tensor]:
+        """Latent and rotary parts with as many heads as fill ``hidden`` with their latent parts."""
+        tokens, heads = self.sizes.tokens, self.sizes.hidden // LATENT
+        return self.normal(tokens, heads, LATENT), self.normal(tokens, heads, ROPE)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op and its inputs.
+
+    Attributes:
+        op: the op.
+        arguments: makes one call's arguments.
+        hidden_multiple: what the hidden size must be divisible by.
+        reduces: whether it reduces rows, for which Inductor has more than one kind of kernel.
+    """
+
+    op: IrOp
+    arguments: Callable[[Inputs], tuple[Any, ...]]
+    hidden_multiple: int = 1
+    reduces: bool = False
+
+
+# The hidden size is that of the input, also where the output is half as wide.
+CASES = {
+    case.op.name: case
+    for case in (
+        Case(ops.rms_norm, lambda make: (make.activation(), make.weight(), EPSILON), reduces=True),
+        Case(
+            ops.fused_add_rms_norm,
+            lambda make: (make.activation(), make.activation(), make.weight(), EPSILON),
+            reduces=True,
+        ),
+        Case(ops.silu_and_mul, lambda make: (make.activation(),), hidden_multiple=2),
+        Case(ops.gelu_and_mul, lambda make: (make.activation(),), hidden_multiple=2),
+        Case(ops.quant_fp8_static, lambda make: (make.activation(), make.scale())),
+        Case(ops.quant_fp8_per_token, lambda make: (make.activation(),), reduces=True),
+        Case(ops.quant_fp8_per_group, lambda make: (make.activation(),), hidden_multiple=128, reduces=True),
+        Case(ops.concat_quant_fp8, lambda make: (*make.query(), make.scale()), hidden_multiple=LATENT),
+    )
+}
+DEFAULT_OPS = ("rms_norm", "fused_add_rms_norm", "silu_and_mul", "quant_fp8_per_token")
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in a call's arguments or result."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [item for item in value if isinstance(item, Tensor)] if isinstance(value, (tuple, list)) else []
+
+
+def bytes_moved(arguments: tuple[Any, ...], result: Any) -> int:
+    """What a call must move at least: each input read once, each output written once."""
+    return sum(tensor.nbytes for tensor in (*tensors(arguments), *tensors(result)))
