@@ -168,8 +168,9 @@ def _fake_inputs(
         count: Any = symbols[tensor.size(0)] if leaf.dynamic else None
         size = [count if dim == TOKENS else dim for dim in sizes(leaf)]
         stride = [count * dim[1] if isinstance(dim, tuple) else dim for dim in strides(leaf)]
-        with fake_mode:
-            fakes.append(torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device))
+        with fake_mode, torch.inference_mode(tensor.is_inference()):
+            fake = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
+        fakes.append(fake.requires_grad_(tensor.requires_grad))
     return token_counts, fakes
 
 

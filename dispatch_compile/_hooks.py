@@ -12,6 +12,7 @@ It is process-wide, so it asks for the thread's mode first and hands the call on
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,7 +29,9 @@ class _Hook:
 
 
 _hooks: dict[OpOverload, _Hook] = {}
-_lock = threading.RLock()  # a finalizer may release() while this thread is inside acquire()
+_lock = threading.Lock()
+# Releases come from finalizers, which garbage collection may run anywhere, also inside acquire().
+_releases: deque[tuple[OpOverload, ...]] = deque()
 
 
 def redispatch(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,14 +55,25 @@ def acquire(overloads: Iterable[OpOverload], make_kernel: Callable[[OpOverload],
             if hook is None:
                 hook = _hooks[overload] = _Hook(overload, make_kernel(overload))
             hook.users += 1
+    _work_off_releases()
 
 
 def release(overloads: Iterable[OpOverload]) -> None:
-    """Undo one :func:`acquire`; the last one takes the kernel out of the dispatch table."""
-    with _lock:
-        for overload in overloads:
-            hook = _hooks[overload]
-            hook.users -= 1
-            if not hook.users:
-                del _hooks[overload]
-                hook.library._destroy()
+    """Undo one :func:`acquire`; the last one takes the kernel out of the dispatch table, now or, if this thread or
+    another is just at it, when that is done."""
+    _releases.append(tuple(overloads))
+    _work_off_releases()
+
+
+def _work_off_releases() -> None:
+    while _releases and _lock.acquire(blocking=False):
+        try:
+            while _releases:
+                for overload in _releases.popleft():
+                    hook = _hooks[overload]
+                    hook.users -= 1
+                    if not hook.users:
+                        del _hooks[overload]
+                        hook.library._destroy()
+        finally:
+            _lock.release()

@@ -169,7 +169,7 @@ class DispatchCompileMode(TorchDispatchMode):
             if self.trace is not None:
                 wanted |= opaque_overloads()
             gone, fresh = self._caught - wanted, wanted - self._caught
-            _hooks.release(gone)
+            _hooks.release(gone)  # first: an op may have come back under its name
             _hooks.acquire(fresh, _kernel)
             self._caught -= gone
             self._caught |= fresh
@@ -358,12 +358,17 @@ def _run_traced(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs
     for mode in reversed(_thread.stack):
         route = mode._routes.get(id(overload))
         if route is not None:
-            event = TraceEvent.of(overload, args, kwargs)
-            for trace in traces:
-                trace.begin(event)
-            result = mode._run(route, keyset, args, kwargs, event)
-            event.result = described(result)
-            return result
+            event, *others = [trace.begin(overload, args, kwargs) for trace in traces]
+            try:
+                result = mode._run(route, keyset, args, kwargs, event)
+                event.ended(result)
+                return result
+            except BaseException as error:
+                event.raised(error)
+                raise
+            finally:
+                for other in others:
+                    other.ended_like(event)
     with ExitStack() as calls:
         opaque = [calls.enter_context(trace.opaque(overload, args, kwargs)) for trace in traces]
         result = _hooks.redispatch(overload, keyset, args, kwargs)

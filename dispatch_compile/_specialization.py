@@ -161,6 +161,7 @@ def key_of(arguments: Arguments) -> Hashable:
     as long as its guards on the dynamic sizes hold."""
     return (
         global_state(),
+        torch.is_inference_mode_enabled(),
         len(arguments.args),
         tuple(arguments.kwargs),
         arguments.lists,
@@ -171,7 +172,7 @@ def key_of(arguments: Arguments) -> Hashable:
 def _leaf_key(leaf: Leaf) -> Hashable:
     value = leaf.value
     if isinstance(value, torch.Tensor):
-        return (value.dtype, value.device, sizes(leaf), strides(leaf))
+        return (value.dtype, value.device, sizes(leaf), strides(leaf), value.requires_grad, value.is_inference())
     if isinstance(value, (float, complex)):
         return (type(value), repr(value))  # tells 0.0 from -0.0, and NaN equals itself
     return (type(value), value)
@@ -229,6 +230,7 @@ def guarded(arguments: Arguments, shape_guard: str | None, result: str, names: M
         "MISS": MISS,
         "copysign": math.copysign,
         "forward_ad": torch.autograd.forward_ad,
+        "inference_mode": torch.is_inference_mode_enabled,
         "state_unchanged": GlobalStateGuard().check,
     }
     checks = []
@@ -240,6 +242,10 @@ def guarded(arguments: Arguments, shape_guard: str | None, result: str, names: M
             checks.append(_value_guard(leaf, f"value_{i}", scope))
     if tensors:
         checks.append(f"tensors_match({', '.join(leaf.source for leaf in tensors)})")
+    # TensorGuards compares dispatch keys, which in inference mode are the same with and without inference tensors.
+    inference = [("inference_mode()", torch.is_inference_mode_enabled())]
+    inference += [(f"{leaf.source}.is_inference()", leaf.value.is_inference()) for leaf in tensors]
+    checks += [check if holds else f"not {check}" for check, holds in inference]
     checks += ["state_unchanged()", "forward_ad._current_level < 0"]
     sizes_read, (shape_guard, result) = _read_once(shape_guard or "True", result)
     lines = [

@@ -48,16 +48,23 @@ class TraceEvent:
     new: bool = False
     result: str | None = None
 
-    @staticmethod
-    def of(overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TraceEvent:
-        """The event of a call, before it is known what becomes of it."""
-        return TraceEvent(_qualified(overload), _described_arguments(args, kwargs))
-
     def compiled(self, specialization: str, new: bool) -> None:
         self.action, self.specialization, self.new = COMPILED, specialization, new
 
     def not_compiled(self, action: str, reason: str) -> None:
         self.action, self.reason = action, reason
+
+    def ended(self, result: Any) -> None:
+        self.result = described(result)
+
+    def raised(self, error: BaseException) -> None:
+        if self.reason is None:
+            self.not_compiled(NATIVE, f"the call ended in {type(error).__name__}")
+
+    def ended_like(self, other: TraceEvent) -> None:
+        """Take over what became of the same call in another trace, where it may be nested otherwise."""
+        self.action, self.reason, self.provider = other.action, other.reason, other.provider
+        self.specialization, self.new, self.result = other.specialization, other.new, other.result
 
     def __str__(self) -> str:
         return f"{_call_text(self)}  # {self.action}, {self._why()}"
@@ -68,7 +75,7 @@ class TraceEvent:
         return self.reason or ""
 
 
-@dataclass
+@dataclass(eq=False)
 class _OpaqueCall:
     op: str
     arguments: str
@@ -120,13 +127,14 @@ class Trace:
             if not call.contains_events:
                 self._calls.remove(call)
 
-    def begin(self, event: TraceEvent) -> None:
-        """Record the call of an IR op, inside the opaque ops that this thread is in."""
+    def begin(self, overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TraceEvent:
+        """Record the call of an IR op, before it is known what becomes of it."""
         parents = self._parents()
         for call in parents:
             call.contains_events = True
-        event.depth = len(parents)
+        event = TraceEvent(_qualified(overload), _described_arguments(args, kwargs), len(parents))
         self._calls.append(event)
+        return event
 
     def _parents(self) -> list[_OpaqueCall]:
         try:

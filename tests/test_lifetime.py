@@ -23,11 +23,12 @@ def collected(*references: weakref.ref) -> list[bool]:
 
 
 def code_references(mode: dc.DispatchCompileMode, op: dc.IrOp) -> list[weakref.ref]:
-    """To the compiled callable and, with Inductor, to the object of the generated module that it is a method of."""
+    """To what the cache holds: the specialization, its code, and what Inductor returned. The module that Inductor
+    generated stays in Inductor's own PyCodeCache, where torch.compile of equal code would find it."""
     references = []
     for specialization in specializations(mode, op):
-        run = specialization.code.run
-        references += [weakref.ref(specialization), weakref.ref(getattr(run, "__self__", run))]
+        code = specialization.code
+        references += [weakref.ref(held) for held in (specialization, code, code.owner) if held is not None]
     assert references
     return references
 
@@ -68,11 +69,10 @@ def test_removed_reference_implementation_is_freed_with_its_code(mode, define_op
         foreign(torch.randn(4, 3))
     impl = native.dispatch(torch.randn(4, 3))
     (entry,) = mode.cache.table(native, impl, mode.config).guarded
-    run = entry.specialization.code.run
-    references = [weakref.ref(item) for item in (impl, reference, entry.specialization, getattr(run, "__self__", run))]
+    references = [weakref.ref(item) for item in (impl, reference, entry.specialization, entry.specialization.code)]
     assert len(mode.cache) == 1
     handle.remove()
-    del native, impl, reference, entry, run
+    del native, impl, reference, entry
     assert collected(*references) == [True] * len(references)
     assert len(mode.cache) == 0
 

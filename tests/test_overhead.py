@@ -55,6 +55,9 @@ def test_an_intercepted_call_runs_nothing_but_dispatch_guard_and_code():
         len (C)
         len (C)
         check (C)
+        is_inference_mode_enabled (C)
+        is_inference (C)
+        is_inference (C)
         check (C)
         call
           clear (C)

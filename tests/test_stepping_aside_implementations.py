@@ -367,7 +367,6 @@ def test_index_out_of_range_raises_as_without_the_mode(define_ir_op):
 
 LOOKS = {
     "requires_grad": lambda x: x.requires_grad,
-    "storage_offset": lambda x: x.storage_offset() > 0,
     "is_contiguous": lambda x: x.is_contiguous(),
     "is_inference": lambda x: x.is_inference(),
     "is_leaf": lambda x: x.is_leaf,
