@@ -23,6 +23,7 @@ COMMANDS = {
         "dispatch_compile.bench.cli",
         "time per call of IR ops in the mode, beside everything that one could use instead",
     ),
+    "breakdown": Command("dispatch_compile.bench.breakdown", "where the time of one intercepted call goes"),
 }
 
 

@@ -30,7 +30,7 @@ F_RMS_NORM = "F.rms_norm"
 OURS = "ours"
 CODE_ALONE = "compiled code alone"
 TUNED = "ours, tuned"
-MULTI_KERNEL = "ours, multi-kernel"
+MULTI_KERNEL = "ours, tuned, multi-kernel"
 COPY = "copy"
 
 Arguments = tuple[Any, ...]
@@ -241,9 +241,10 @@ def contenders(case: Case, eager: Callable[..., Any], device: str, with_vllm: bo
     found += [ours, CodeAlone(ours)]
     if device == "cuda":
         # Tuning is for many tokens. For one it would compile once more, and gain nothing.
-        found.append(Ours(TUNED, op, {"coordinate_descent_tuning": True}, fewest_tokens=2))
+        tuning = {"coordinate_descent_tuning": True}
+        found.append(Ours(TUNED, op, tuning, fewest_tokens=2))
         if case.reduces:
-            found.append(Ours(MULTI_KERNEL, op, {"triton.multi_kernel": 1}, fewest_tokens=2))
+            found.append(Ours(MULTI_KERNEL, op, {**tuning, "triton.multi_kernel": 1}, fewest_tokens=2))
     return [*found, Copy(eager)]
 
 

@@ -1,0 +1,104 @@
+"""Where the time of one intercepted call goes: ``python -m dispatch_compile breakdown``.
+
+Parts of the call are timed on their own, in turns, and what a part adds to the one inside it is its share.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from . import timing
+from .cases import CASES, DTYPES, Inputs, Sizes, tensors
+from .peers import CODE_ALONE, Arguments, CodeAlone, Ours, Peer
+
+NAMESPACE = "dispatch_compile_breakdown"
+CALL, DISPATCHER, GUARDED, ALLOCATION = "call", "dispatcher", "guarded code", "allocation"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the shares of one op's call.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m dispatch_compile breakdown", description=__doc__)
+    parser.add_argument("--op", choices=CASES, default="rms_norm")
+    parser.add_argument("--tokens", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    given = parser.parse_args(argv)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        print(text(shares(given.op, Sizes(given.tokens, given.hidden, DTYPES["bf16"], given.device))))
+    return 0
+
+
+def shares(op_name: str, sizes: Sizes) -> dict[str, float]:
+    """Host seconds of each part of a call of an op; together they are the call."""
+    case = CASES[op_name]
+    arguments = case.arguments(Inputs(sizes))
+    ours = Ours(CALL, case.op)
+    whole = ours.peer([arguments])
+    with ours.mode:
+        result = whole.call(*arguments)
+    with _op_that_does_nothing(case.op.torch_op._schema, result) as nothing:
+        peers = [
+            whole,
+            Peer(DISPATCHER, nothing, [arguments]),
+            Peer(GUARDED, _guarded_call(ours, arguments), [(arguments, {})]),
+            CodeAlone(ours).peer([arguments]),
+            Peer(ALLOCATION, _allocation(tensors(result)), [()]),
+        ]
+        samples = timing.measure(peers, sizes.device, each_round=lambda: None)
+    times = {name: median(kinds[timing.HOST]) for name, kinds in samples.items()}
+    return {
+        "dispatcher, and entering the Python kernel": times[DISPATCHER],
+        "mode, route and the op's own dispatch": times[CALL] - times[DISPATCHER] - times[GUARDED],
+        "guard": times[GUARDED] - times[CODE_ALONE],
+        "allocation of the results": times[ALLOCATION],
+        "the rest of the generated code: launch, and on a CPU the kernel": times[CODE_ALONE] - times[ALLOCATION],
+    }
+
+
+def text(found: dict[str, float]) -> str:
+    """The shares as a table, in microseconds."""
+    rows = {**found, "together": sum(found.values())}
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {seconds * 1e6:6.2f} µs" for name, seconds in rows.items())
+
+
+@contextmanager
+def _op_that_does_nothing(schema: Any, result: Any) -> Any:
+    """An op of that schema whose kernel, where ours is, returns what is at hand."""
+    library = Library(NAMESPACE, "FRAGMENT")
+    library.define(f"nothing({str(schema).partition('(')[2]}")
+    library.impl("nothing", lambda keyset, *args, **kwargs: result, "BackendSelect", with_keyset=True)
+    try:
+        yield getattr(torch.ops, NAMESPACE).nothing.default
+    finally:
+        library._destroy()
+
+
+def _guarded_call(ours: Ours, arguments: Arguments) -> Any:
+    table = ours.mode.cache.table(ours.op, ours.op.dispatch(*arguments), ours.mode.config)
+    return table.calls[0]
+
+
+def _allocation(results: list[Tensor]) -> Any:
+    layouts = [(tuple(r.shape), r.stride(), r.dtype, r.device) for r in results]
+
+    def allocate() -> None:
+        for shape, stride, dtype, device in layouts:
+            torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+    return allocate
