@@ -15,7 +15,7 @@ from dispatch_compile.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^<!-- bench:(\w+)(.*?) -->\n(.*?)^<!-- /bench -->$", re.MULTILINE | re.DOTALL)
-NAMES = ("cpu", "cpu_small", "h100")
+NAMES = ("cpu", "cpu_small", "h100", "h100_tuning")
 
 
 def blocks(name: str) -> list[tuple[str, str]]:

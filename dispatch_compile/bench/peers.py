@@ -30,7 +30,8 @@ F_RMS_NORM = "F.rms_norm"
 OURS = "ours"
 CODE_ALONE = "compiled code alone"
 TUNED = "ours, tuned"
-MULTI_KERNEL = "ours, tuned, multi-kernel"
+MULTI_KERNEL = "ours, multi-kernel"
+TUNED_MULTI_KERNEL = "ours, tuned, multi-kernel"
 COPY = "copy"
 
 Arguments = tuple[Any, ...]
@@ -241,10 +242,11 @@ def contenders(case: Case, eager: Callable[..., Any], device: str, with_vllm: bo
     found += [ours, CodeAlone(ours)]
     if device == "cuda":
         # Tuning is for many tokens. For one it would compile once more, and gain nothing.
-        tuning = {"coordinate_descent_tuning": True}
-        found.append(Ours(TUNED, op, tuning, fewest_tokens=2))
+        tuned, multi_kernel = {"coordinate_descent_tuning": True}, {"triton.multi_kernel": 1}
+        found.append(Ours(TUNED, op, tuned, fewest_tokens=2))
         if case.reduces:
-            found.append(Ours(MULTI_KERNEL, op, {**tuning, "triton.multi_kernel": 1}, fewest_tokens=2))
+            found.append(Ours(MULTI_KERNEL, op, multi_kernel, fewest_tokens=2))
+            found.append(Ours(TUNED_MULTI_KERNEL, op, {**tuned, **multi_kernel}, fewest_tokens=2))
     return [*found, Copy(eager)]
 
 

@@ -6,7 +6,19 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from .peers import CODE_ALONE, COPY, EAGER, F_RMS_NORM, MARK_DYNAMIC, MULTI_KERNEL, OURS, TORCH_COMPILE, TUNED, VLLM
+from .peers import (
+    CODE_ALONE,
+    COPY,
+    EAGER,
+    F_RMS_NORM,
+    MARK_DYNAMIC,
+    MULTI_KERNEL,
+    OURS,
+    TORCH_COMPILE,
+    TUNED,
+    TUNED_MULTI_KERNEL,
+    VLLM,
+)
 from .report import shown_peers, title, what_is_measured
 from .results import Results
 
@@ -21,6 +33,7 @@ STYLES: dict[str, dict[str, Any]] = {
     OURS: {"color": "#D55E00", "marker": "o", "linewidth": 2.5},
     TUNED: {"color": "#D55E00", "marker": "P", "linestyle": "--"},
     MULTI_KERNEL: {"color": "#D55E00", "marker": "*", "linestyle": "-."},
+    TUNED_MULTI_KERNEL: {"color": "#D55E00", "marker": "d", "linestyle": ":"},
     COPY: {"color": "black", "linestyle": "--"},
 }
 LABELS = {

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .peers import CODE_ALONE, COPY, EAGER, F_RMS_NORM, MARK_DYNAMIC, MULTI_KERNEL, OURS, TORCH_COMPILE, TUNED, VLLM
+from .peers import (
+    CODE_ALONE,
+    COPY,
+    EAGER,
+    F_RMS_NORM,
+    MARK_DYNAMIC,
+    MULTI_KERNEL,
+    OURS,
+    TORCH_COMPILE,
+    TUNED,
+    TUNED_MULTI_KERNEL,
+    VLLM,
+)
 from .results import CaseResult, Results
 from .timing import DEVICE, HOST
 
@@ -29,6 +41,7 @@ RATIOS = {
         (OURS, VLLM),
         (TUNED, VLLM),
         (MULTI_KERNEL, VLLM),
+        (TUNED_MULTI_KERNEL, VLLM),
         (OURS, COPY),
     ),
 }
