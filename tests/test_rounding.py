@@ -9,12 +9,12 @@ from torch import Tensor
 import dispatch_compile as dc
 
 
-def cancelling(x: Tensor) -> Tensor:
-    return x * 1.1 - x  # the product is rounded, and the difference is ten times smaller
+def cancelling(x: Tensor, factor: Tensor) -> Tensor:
+    return x * factor - x  # the product is rounded, and the difference is ten times smaller
 
 
-def multiplying(x: Tensor) -> Tensor:
-    return x * 1.1 * 0.9
+def multiplying(x: Tensor, factor: Tensor) -> Tensor:
+    return x * factor * factor
 
 
 @pytest.fixture
@@ -22,10 +22,13 @@ def x() -> Tensor:
     return torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 
 
+FACTOR = torch.full((256,), 1.1).to(torch.bfloat16)
+
+
 def compiled(op: dc.IrOp, x: Tensor, **options: bool) -> Tensor:
     mode = dc.DispatchCompileMode(config=dc.CompileConfig(options=options))
     with mode:
-        result: Tensor = op(x)
+        result: Tensor = op(x, FACTOR)
     assert mode.cache.stats().hits == 1
     return result
 
@@ -39,16 +42,16 @@ rounds_on_cpu = pytest.mark.skipif(
 @rounds_on_cpu
 def test_a_difference_of_rounded_values_is_as_in_eager(define_ir_op, x):
     op = define_ir_op(cancelling)
-    assert torch.equal(compiled(op, x), op(x))
-    assert not torch.equal(compiled(op, x, emulate_precision_casts=False), op(x))
+    assert torch.equal(compiled(op, x), op(x, FACTOR))
+    assert not torch.equal(compiled(op, x, emulate_precision_casts=False), op(x, FACTOR))
 
 
 def test_a_product_of_rounded_values_is_off_by_the_last_place_at_most(define_ir_op, x):
     op = define_ir_op(multiplying)
-    torch.testing.assert_close(compiled(op, x), op(x), rtol=2**-7, atol=0.0)
+    torch.testing.assert_close(compiled(op, x), op(x, FACTOR), rtol=2**-7, atol=0.0)
 
 
 @rounds_on_cpu
 def test_the_option_overrides(define_ir_op, x):
     op = define_ir_op(multiplying)
-    assert torch.equal(compiled(op, x, emulate_precision_casts=True), op(x))
+    assert torch.equal(compiled(op, x, emulate_precision_casts=True), op(x, FACTOR))

@@ -44,12 +44,12 @@ class deterministic:  # noqa: N801
         torch.use_deterministic_algorithms(False)
 
 
-class tf32(default_dtype):  # noqa: N801
-    def __init__(self) -> None:
-        pass
+class matmul_precision:  # noqa: N801
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
 
     def __enter__(self) -> None:
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision(self.precision)
 
     def __exit__(self, *_: object) -> None:
         torch.set_float32_matmul_precision("highest")
@@ -82,7 +82,10 @@ DIFFERENT = {
     "grad mode": (call(context=torch.no_grad), call()),
     "default dtype": (call(), call(context=lambda: default_dtype(torch.float64))),
     "deterministic": (call(), call(context=deterministic)),
-    "matmul precision": (call(), call(context=tf32)),
+    "matmul precision": (
+        call(context=lambda: matmul_precision("highest")),
+        call(context=lambda: matmul_precision("high")),
+    ),
 }
 
 
