@@ -59,8 +59,8 @@ class Table:
 
     Attributes:
         calls: what the hot path tries in turn: guarded calls of compiled code, the last one made first.
-        guarded: the same with their specializations, and the guarded failures. Both are replaced whole, under the
-            compilation lock, so that readers need none.
+        guarded: the same with their specializations, and the guarded failures. Both are replaced whole, so that
+            readers need no lock; of two guards added at once one may be lost, and is made again when it is missed.
     """
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ._specialization import TOKENS, Arguments, sizes, strides
+from ._specialization import Arguments, layout_with, sizes, strides
 from ._torch_private import OpOverload, dynamic_size, new_fake_mode, new_shape_env, size_depends_on_values, trace
 
 
@@ -165,9 +165,7 @@ def _fake_inputs(
         if leaf.dynamic and tensor.size(0) not in symbols:
             symbol = symbols[tensor.size(0)] = dynamic_size(shape_env, tokens or tensor.size(0), f"t{i}")
             token_counts[f"{leaf.source}.size(0)"] = symbol
-        count: Any = symbols[tensor.size(0)] if leaf.dynamic else None
-        size = [count if dim == TOKENS else dim for dim in sizes(leaf)]
-        stride = [count * dim[1] if isinstance(dim, tuple) else dim for dim in strides(leaf)]
+        size, stride = layout_with(leaf, symbols[tensor.size(0)] if leaf.dynamic else None)
         with fake_mode, torch.inference_mode(tensor.is_inference()):
             fake = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
         fakes.append(fake.requires_grad_(tensor.requires_grad))

@@ -4,28 +4,22 @@ capture, Inductor (or another torch.compile backend), and the guards under which
 from __future__ import annotations
 
 import logging
-import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch.fx import Node
 
 from ._capture import CannotCapture, Captured, Layout, StepAside, capture, first_line, result_layouts
 from ._config import CompileConfig
+from ._inductor_options import options_for
 from ._ir import Impl
 from ._specialization import Arguments, GuardedCall, guarded, with_tokens, within_shapes
 from ._torch_private import OpOverload, inductor_compile, lookup_backend, shape_guard_names
 
 _log = logging.getLogger("dispatch_compile")
-
-_INDUCTOR_DEFAULTS: Mapping[str, Any] = {
-    # Our guards compare every size and stride before the code runs; the code need not do it again.
-    "size_asserts": False,
-}
-
 
 # The number of tokens that code is tuned for. Taken from the first call, it would depend on which call comes first,
 # and code tuned for a few tokens is slow at many: on a CPU it runs on one core, and on an H100 silu_and_mul took
@@ -106,15 +100,13 @@ def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: C
 def _code_for(fn: Callable[..., Any], arguments: Arguments, config: CompileConfig) -> Code:
     """Code tuned for many tokens, or for the call's own number if the implementation has another graph for many."""
     if len({leaf.value.size(0) for leaf in arguments.tensors if leaf.dynamic}) == 1:
-        try:
+        with suppress(CannotCapture, StepAside):  # many tokens may be what the implementation does not take
             captured = capture(fn, arguments, tokens=TOKENS_TO_TUNE_FOR)
-        except (CannotCapture, StepAside):
-            return _compile(capture(fn, arguments), config)  # many tokens may be what it does not take
-        if _admits(captured, arguments):
-            code = _compile(captured, config)
-            if _admits(captured, arguments):  # compiling may have added guards
-                _tune(code, arguments)
-                return code
+            if _admits(captured, arguments):
+                code = _compile(captured, config)
+                if _admits(captured, arguments):  # compiling may have added guards
+                    _tune(code, arguments)
+                    return code
     return _compile(capture(fn, arguments), config)
 
 
@@ -158,9 +150,7 @@ def _compile(captured: Captured, config: CompileConfig) -> Code:
     if all(_is_known_to_be_empty(output) for output in captured.outputs):
         run = _run_of_nothing(captured.outputs)
     elif config.backend == "inductor":
-        defaults = {**_INDUCTOR_DEFAULTS, **_rounding_options(captured), **_bounds_check_options(captured)}
-        options = {**defaults, **config.options}
-        owner = inductor_compile(captured.graph, captured.inputs, options)
+        owner = inductor_compile(captured.graph, captured.inputs, {**options_for(captured), **config.options})
         run, source = owner.run, owner.source
     else:
         backend = lookup_backend(config.backend) if isinstance(config.backend, str) else config.backend
@@ -169,50 +159,6 @@ def _compile(captured: Captured, config: CompileConfig) -> Code:
     guards = captured.guards()
     call = f"run([{', '.join(captured.input_sources)}])"
     return Code(run, call, source, guards, captured.result, captured.symbolic_shapes(), owner)
-
-
-def _rounding_options(captured: Captured) -> Mapping[str, Any]:
-    """Round intermediate results where the native implementation does, wherever leaving it out could be seen.
-
-    On a GPU it is free. On a CPU it costs up to half of the time, so there it is left out where it changes results by
-    no more than the last place: if what is rounded is only multiplied, divided, or returned. A sum can cancel.
-    """
-    on_cpu = all(fake.device.type == "cpu" for fake in captured.fakes)
-    return {"emulate_precision_casts": not on_cpu or any(map(_amplifies_rounding, captured.graph.graph.nodes))}
-
-
-def _amplifies_rounding(node: Node) -> bool:
-    """Whether the node rounds to 16 bits and something other than a product takes the result."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dtype not in _SIXTEEN_BITS or _only_moves_values(node):
-        return False
-    return not all(
-        user.op == "output" or getattr(user.target, "overloadpacket", None) in _PRODUCTS for user in node.users
-    )
-
-
-def _only_moves_values(node: Node) -> bool:
-    if node.target is operator.getitem:
-        return _only_moves_values(cast(Node, node.args[0]))
-    if not isinstance(node.target, OpOverload):
-        return bool(node.op == "placeholder")
-    return bool(node.target.is_view or node.target.overloadpacket in _MOVES)
-
-
-_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-_PRODUCTS = (torch.ops.aten.mul, torch.ops.aten.div)
-_MOVES = (torch.ops.aten.cat, torch.ops.aten.clone)
-
-
-def _bounds_check_options(captured: Captured) -> Mapping[str, Any]:
-    """On a CPU, an index out of range ends the process if it is found on an OpenMP thread; on the caller's it raises.
-
-    Whatever has integers may use them as indices.
-    """
-    values = [node.meta.get("val") for node in captured.graph.graph.nodes]
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    indexes = any(t.device.type == "cpu" and t.dtype in (torch.int32, torch.int64) for t in tensors)
-    return {"cpp.threads": 1} if indexes else {}
 
 
 def _is_known_to_be_empty(output: torch.Tensor) -> bool:

@@ -202,10 +202,16 @@ def strides(leaf: Leaf) -> tuple[int | tuple[str, int], ...]:
     )
 
 
-def with_tokens(leaf: Leaf, tokens: int) -> torch.Tensor:
-    """A tensor of zeros that is laid out as a dynamic leaf would be with another number of tokens."""
+def layout_with(leaf: Leaf, tokens: Any) -> tuple[list[Any], list[Any]]:
+    """Size and stride of a tensor leaf with another number of tokens, which may be a symbol."""
     size = [tokens if isinstance(dim, str) else dim for dim in sizes(leaf)]
     stride = [tokens * dim[1] if isinstance(dim, tuple) else dim for dim in strides(leaf)]
+    return size, stride
+
+
+def with_tokens(leaf: Leaf, tokens: int) -> torch.Tensor:
+    """A tensor of zeros that is laid out as a dynamic leaf would be with another number of tokens."""
+    size, stride = layout_with(leaf, tokens)
     length = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
     return torch.zeros(length, dtype=leaf.value.dtype, device=leaf.value.device).as_strided(size, stride)
 
