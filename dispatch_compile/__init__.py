@@ -1,14 +1,16 @@
 """Run IR ops compiled inside opaque torch custom ops, and leave every other op alone."""
 
 from . import _registry, ops, vllm
+from ._active import inherit_modes
 from ._body import compile_natives
 from ._cache import CacheStats, NativeCache
 from ._config import CompileConfig
+from ._counters import counters
 from ._errors import CompileError, DispatchCompileWarning
 from ._ir import IrOp, IrOpImpl, register_op
 from ._mode import DispatchCompileMode
 from ._registry import register_native
-from ._trace import Trace, TraceEvent
+from ._trace import OpCall, Trace, TraceEvent
 
 __all__ = [
     "CacheStats",
@@ -19,9 +21,12 @@ __all__ = [
     "IrOp",
     "IrOpImpl",
     "NativeCache",
+    "OpCall",
     "Trace",
     "TraceEvent",
     "compile_natives",
+    "counters",
+    "inherit_modes",
     "ops",
     "register_native",
     "register_op",

@@ -24,6 +24,7 @@ COMMANDS = {
         "time per call of IR ops in the mode, beside everything that one could use instead",
     ),
     "breakdown": Command("dispatch_compile.bench.breakdown", "where the time of one intercepted call goes"),
+    "passthrough": Command("dispatch_compile.bench.passthrough", "what the mode costs the ops that it does not catch"),
 }
 
 

@@ -10,13 +10,16 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Container, Hashable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from . import _registry
 from ._compilation import Specialization
 from ._config import CompileConfig
+from ._counters import KINDS, CountersByOp, OpCounters, count_for
+from ._difference import difference
 from ._specialization import Arguments, GuardedCall
+from ._torch_private import OpOverload
 
 # How many exact guards are kept in front of a table's keys. Beyond it the oldest goes, and comes back when needed.
 _GUARDED_LIMIT = 64
@@ -29,7 +32,7 @@ class CacheStats:
     Attributes:
         compiles: specializations compiled.
         hits: calls that ran compiled code, a specialization's first call included.
-        fallbacks: calls that ran natively because their specialization could not be compiled.
+        fallbacks: calls that ran natively because there is no compiled code for them.
         asides: calls that passed because of their arguments or the thread's state (autograd, subclasses, ...).
     """
 
@@ -37,13 +40,6 @@ class CacheStats:
     hits: int
     fallbacks: int
     asides: int
-
-
-class Counters:
-    """The mutable counts behind :class:`CacheStats`."""
-
-    def __init__(self) -> None:
-        self.compiles = self.hits = self.fallbacks = self.asides = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +80,11 @@ class Table:
         """Keep a specialization under its key."""
         self._by_key.setdefault(key, []).append(specialization)
 
+    def difference(self, made: Specialization) -> str | None:
+        """In what a specialization differs from the nearest that there is; None if there is none."""
+        others = [known for several in self._by_key.values() for known in several]
+        return difference(made.components, ((other.components, other.guard) for other in others))
+
     def add_guard(self, specialization: Specialization, arguments: Arguments) -> Guarded:
         """Put an exact guard for such arguments in front of the others: the last call is the likeliest next."""
         entry = Guarded(specialization.guarded_call(arguments), specialization)
@@ -114,7 +115,8 @@ class NativeCache:
     """
 
     def __init__(self) -> None:
-        self.counters = Counters()
+        self._counters: CountersByOp = {}
+        count_for(self, self._counters)
         self._entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()  # garbage collection may strike inside
         _caches.add(self)
@@ -145,9 +147,17 @@ class NativeCache:
                     entry.drop()
                     del self._entries[impl]
 
+    def counters_of(self, overload: OpOverload) -> OpCounters:
+        """The counts of one op in this cache, made on first use."""
+        with self._lock:
+            name = f"{overload._schema.name}.{overload._overloadname}"
+            return self._counters.setdefault(name, OpCounters())
+
     def stats(self) -> CacheStats:
-        """The counts of this cache."""
-        return CacheStats(**{field.name: getattr(self.counters, field.name) for field in fields(CacheStats)})
+        """The counts of this cache, over all ops."""
+        with self._lock:
+            counters = list(self._counters.values())
+        return CacheStats(**{kind: sum(getattr(of_op, kind) for of_op in counters) for kind in KINDS})
 
     def __repr__(self) -> str:
         return f"NativeCache({len(self)} implementations, {self.stats()})"

@@ -3,8 +3,6 @@ capture, Inductor (or another torch.compile backend), and the guards under which
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,12 +12,11 @@ import torch
 
 from ._capture import CannotCapture, Captured, Layout, StepAside, capture, first_line, result_layouts
 from ._config import CompileConfig
+from ._difference import Components, components_of, in_names
 from ._inductor_options import options_for
 from ._ir import Impl
 from ._specialization import Arguments, GuardedCall, guarded, with_tokens, within_shapes
 from ._torch_private import OpOverload, inductor_compile, lookup_backend, shape_guard_names
-
-_log = logging.getLogger("dispatch_compile")
 
 # The number of tokens that code is tuned for. Taken from the first call, it would depend on which call comes first,
 # and code tuned for a few tokens is slow at many: on a CPU it runs on one core, and on an H100 silu_and_mul took
@@ -58,6 +55,8 @@ class Specialization:
     """
 
     code: Code | None
+    components: Components  # what the key is made of, for people
+    guard: str | None = None  # what must hold of the dynamic sizes, in the parameters' names
     failure: str | None = None
     fatal: bool = False  # whether calls raise the failure
     # The guards on the dynamic sizes, for arguments of the right key.
@@ -80,21 +79,20 @@ def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: C
     Raises:
         CannotCompile: it cannot be captured, or the backend failed.
     """
-    start = time.perf_counter()
+    components = components_of(arguments)
     try:
         code = _code_for(impl.func_impl_fn, arguments, config)
         _check_results(code, impl.func_impl_fn, arguments)
     except StepAside as reason:
-        return Specialization(code=None, failure=str(reason))
+        return Specialization(None, components, failure=str(reason))
     except CannotCapture as error:
         raise CannotCompile(f"{_what(overload, impl)} cannot be captured: {error}") from error.__cause__
     except Exception as error:
         raise CannotCompile(
             f"{_what(overload, impl)} cannot be compiled with {config.backend!r}: {first_line(error)}"
         ) from error
-    seconds = time.perf_counter() - start
-    _log.info("compiled %s (%s) for %s in %.1f s", overload, impl.provider, code.symbolic_shapes, seconds)
-    return Specialization(code, admits=within_shapes(arguments, code.shape_guard, "True", shape_guard_names()))
+    admits = within_shapes(arguments, code.shape_guard, "True", shape_guard_names())
+    return Specialization(code, components, in_names(code.shape_guard, arguments), admits=admits)
 
 
 def _code_for(fn: Callable[..., Any], arguments: Arguments, config: CompileConfig) -> Code:

@@ -39,6 +39,11 @@ def redispatch(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs:
     return overload.redispatch(keyset & BELOW_BACKEND_SELECT, *args, **kwargs)
 
 
+def caught(overload: OpOverload) -> bool:
+    """Whether calls of the op are caught now."""
+    return overload in _hooks
+
+
 def hookable(overload: OpOverload) -> bool:
     """Whether calls of the op can be caught: it has no BackendSelect kernel but ours."""
     return overload in _hooks or not has_kernel(overload, "BackendSelect")

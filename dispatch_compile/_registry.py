@@ -116,7 +116,7 @@ def register_native(
             implementation or a BackendSelect kernel, an activation that is no parameter.
         TypeError: ``op`` is none of the above.
     """
-    overload = _overload(op)
+    overload = overload_of(op, "register_native")
     schema = overload._schema
     _check_schema(overload, fn)
     names = [argument.name for argument in schema.arguments]
@@ -138,7 +138,13 @@ def register_native(
     return NativeHandle(overload)
 
 
-def _overload(op: OpOverload | OpOverloadPacket | str) -> OpOverload:
+def overload_of(op: Any, asked_by: str) -> OpOverload:
+    """The overload that is meant by an IR op object, an ``OpOverload``, an ``OpOverloadPacket`` or ``"ns::name"``.
+
+    Raises:
+        ValueError: no such op, or several overloads; the message begins with ``asked_by``.
+        TypeError: ``op`` is none of these.
+    """
     if isinstance(op, OpOverload):
         return op
     if isinstance(op, str):
@@ -146,17 +152,19 @@ def _overload(op: OpOverload | OpOverloadPacket | str) -> OpOverload:
         name, _, overload_name = rest.partition(".")
         packet = getattr(getattr(torch.ops, namespace), name, None) if rest else None
         if packet is None:
-            raise ValueError(f'register_native: no op {op!r}; write "namespace::name" of a registered op')
+            raise ValueError(f'{asked_by}: no op {op!r}; write "namespace::name" of a registered op')
         op = getattr(packet, overload_name, None) if overload_name else packet
         if op is None:
-            raise ValueError(f"register_native: {packet} has no overload {overload_name!r}")
-        return _overload(op)
+            raise ValueError(f"{asked_by}: {packet} has no overload {overload_name!r}")
+        return overload_of(op, asked_by)
     if isinstance(op, OpOverloadPacket):
         candidates = op.overloads()
-        if len(candidates) != 1:
-            raise ValueError(f"register_native: {op} has the overloads {candidates}; name the one you mean")
-        return getattr(op, candidates[0])
-    raise TypeError(f"register_native: op must be an OpOverload (torch.ops.ns.name.default) or 'ns::name', not {op!r}")
+        if "default" in candidates or len(candidates) == 1:
+            return getattr(op, "default" if "default" in candidates else candidates[0])
+        raise ValueError(f"{asked_by}: {op} has the overloads {candidates}; name the one you mean")
+    if isinstance(getattr(op, "torch_op", None), OpOverload):
+        return op.torch_op
+    raise TypeError(f"{asked_by}: op must be an OpOverload (torch.ops.ns.name.default) or 'ns::name', not {op!r}")
 
 
 def _check_schema(overload: OpOverload, fn: Callable[..., Any]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Leaf:
     name: str  # as a person writes it: x, weights[1]
     source: str  # as generated code reads it: a0 for the first argument, a1[2], k0 for the first keyword argument
     value: Any
+    activation: bool
     dynamic: bool  # whether dimension 0 is the token dimension and there are at least two tokens
 
 
@@ -101,7 +102,7 @@ def flatten(parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 def _leaf(name: str, source: str, value: Any, activation: bool) -> Leaf:
     dynamic = activation and isinstance(value, torch.Tensor) and value.dim() > 0 and value.size(0) >= 2
-    return Leaf(name, source, value, dynamic)
+    return Leaf(name, source, value, activation, dynamic)
 
 
 def why_aside(arguments: Arguments) -> str | None:
@@ -214,6 +215,29 @@ def with_tokens(leaf: Leaf, tokens: int) -> torch.Tensor:
     size, stride = layout_with(leaf, tokens)
     length = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
     return torch.zeros(length, dtype=leaf.value.dtype, device=leaf.value.device).as_strided(size, stride)
+
+
+def activations_with_tokens(arguments: Arguments, tokens: int) -> tuple[list[Any], dict[str, Any]]:
+    """``args`` and ``kwargs`` with activations of zeros that have another number of tokens, and else the same.
+
+    Raises:
+        ValueError: a negative number; no activation that has tokens, or several that have not as many.
+    """
+    if tokens < 0:
+        raise ValueError(f"tokens must be 0 or more, not {tokens}")
+    activations = {leaf.source: leaf for leaf in arguments.tensors if leaf.activation and leaf.value.dim()}
+    counts = {leaf.name: leaf.value.size(0) for leaf in activations.values()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"the activations must have one number of tokens to replace, but they have {counts}")
+    tensors = []
+    for leaf in arguments.tensors:
+        if leaf.source not in activations:
+            tensors.append(leaf.value)
+            continue
+        with torch.inference_mode(leaf.value.is_inference()):
+            fresh = with_tokens(replace(leaf, dynamic=True), tokens)
+        tensors.append(fresh.requires_grad_(leaf.value.requires_grad))
+    return arguments.with_tensors(tensors)
 
 
 MISS = object()

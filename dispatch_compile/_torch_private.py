@@ -30,8 +30,11 @@ from torch._library.custom_ops import CustomOpDef
 # OpOverload and OpOverloadPacket have no public name; torch.ops hands them out.
 from torch._ops import OpOverload, OpOverloadPacket
 
-# TorchDispatchMode's documented home is this private module.
-from torch.utils._python_dispatch import TorchDispatchMode
+# Its _is_profiler_enabled is the cheapest answer to whether a profiler is on, which every intercepted call asks.
+from torch.autograd import profiler
+
+# TorchDispatchMode's documented home is this private module, and that of the stack that it is on as well.
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 __all__ = [
     "BELOW_BACKEND_SELECT",
@@ -58,8 +61,10 @@ __all__ = [
     "lookup_backend",
     "new_fake_mode",
     "new_shape_env",
+    "profiler",
     "shape_guard_names",
     "size_depends_on_values",
+    "torchs_modes",
     "trace",
     "wrap_custom_op_kernels",
 ]
@@ -72,6 +77,10 @@ all_op_names: Callable[[], list[str]] = _dispatch_get_all_op_names
 
 # Non-zero while a TorchDispatchMode would see the ops in a native implementation's body.
 dispatch_modes_active: Callable[[], int] = _len_torch_dispatch_stack
+
+
+# The modes that torch would hand an op to now, innermost last.
+torchs_modes: Callable[[], list[TorchDispatchMode]] = _get_current_dispatch_mode_stack
 
 
 def has_schema(qualified: str) -> bool:

@@ -5,48 +5,97 @@ No times, addresses or running numbers are in the text, so the same program give
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
-from collections import Counter
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO, Any, TypeVar
 
 import torch
 
-from ._torch_private import OpOverload, dtype_abbreviation
+from ._summary import Summary, TensorNumbers, summary_of, text_of
+from ._torch_private import OpOverload
+from ._trace_summary import table_of
 
 COMPILED = "compiled"
 NATIVE = "native"
 PASSED = "passed"
 
+_OWN_FOLDER = os.path.dirname(__file__)
+_TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 
-@dataclass
-class TraceEvent:
-    """One call of an IR op inside a mode.
+
+@dataclass(eq=False)
+class OpCall:
+    """A call of an op that a trace saw.
 
     Attributes:
         op: ``"ns::name.overload"``.
-        action: ``"compiled"``: compiled code ran; ``"native"``: the chosen implementation cannot be compiled for
-            this call and ran natively; ``"passed"``: the call went on as if there were no mode.
-        reason: why it was not compiled; None when it was.
-        depth: how many opaque ops the call is nested in.
-        arguments: the arguments, as ``t: bf16[8, 2048]`` or a Python value, separated by commas.
-        result: the result in the same form; None if the call raised.
-        provider: the provider that the op's dispatch chose.
-        specialization: the sizes of the compiled code's tensor arguments, ``[s0, 2048], [2048]``; None if not compiled.
-        new: whether this call made the specialization.
+        inputs: the arguments, each with its name if it was given by keyword.
+        depth: how many calls of the trace it is nested in.
+        thread: the calling thread's number, in the order in which the trace met them.
+        start: when it began, in nanoseconds of ``time.perf_counter_ns``.
+        nanoseconds: how long it took on the host; None before it ends.
+        output: the result; None if the call raised.
+        stack: the call site and its callers, innermost last, if the trace records stacks.
     """
 
     op: str
-    arguments: str
+    inputs: tuple[tuple[str | None, Summary], ...]
     depth: int = 0
+    thread: int = 0
+    start: int = 0
+    nanoseconds: int | None = None
+    output: Summary | None = None
+    stack: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> str:
+        """The arguments as ``t: bf16[8, 2048]`` or a Python value, separated by commas."""
+        return ", ".join(f"{name}={text_of(value)}" if name else text_of(value) for name, value in self.inputs)
+
+    @property
+    def result(self) -> str | None:
+        """The result in the same form; None if the call raised."""
+        return None if self.output is None else text_of(self.output)
+
+    def text_before_result(self) -> str:
+        """The call's line in the trace, as far as it is known when it begins."""
+        return f"{'  ' * self.depth}{self.op.removesuffix('.default')}({self.arguments})"
+
+    def __str__(self) -> str:
+        result = "raised" if self.result is None else self.result
+        return f"{self.text_before_result()}  ->  {result}"
+
+
+@dataclass(eq=False)
+class TraceEvent(OpCall):
+    """A call of an IR op inside a mode.
+
+    Attributes:
+        action: ``"compiled"``: compiled code ran; ``"native"``: there is no compiled code for this call, and the
+            chosen implementation ran natively; ``"passed"``: the call went on as if there were no mode.
+        reason: why it was not compiled; None when it was.
+        provider: the provider that the op's dispatch chose.
+        specialization: the sizes of the compiled code's tensor arguments, ``[s0, 2048], [2048]``; None if not compiled.
+        new: whether this call made the specialization.
+        difference: in what a new specialization differs from the nearest that there was; None if it was the first.
+        compile_start: when compilation began, like ``start``; None if this call did not compile.
+        compile_nanoseconds: how long it took, failures included.
+    """
+
     action: str = PASSED
     reason: str | None = None
     provider: str | None = None
     specialization: str | None = None
     new: bool = False
-    result: str | None = None
+    difference: str | None = None
+    compile_start: int | None = None
+    compile_nanoseconds: int = 0
 
     def compiled(self, specialization: str, new: bool) -> None:
         self.action, self.specialization, self.new = COMPILED, specialization, new
@@ -54,133 +103,218 @@ class TraceEvent:
     def not_compiled(self, action: str, reason: str) -> None:
         self.action, self.reason = action, reason
 
-    def ended(self, result: Any) -> None:
-        self.result = described(result)
-
     def raised(self, error: BaseException) -> None:
         if self.reason is None:
             self.not_compiled(NATIVE, f"the call ended in {type(error).__name__}")
 
-    def ended_like(self, other: TraceEvent) -> None:
-        """Take over what became of the same call in another trace, where it may be nested otherwise."""
-        self.action, self.reason, self.provider = other.action, other.reason, other.provider
-        self.specialization, self.new, self.result = other.specialization, other.new, other.result
+    def decided_like(self, other: TraceEvent) -> None:
+        """Take over what was decided of the same call in another trace, where it may be nested otherwise."""
+        for name in TraceEvent.__annotations__:
+            setattr(self, name, getattr(other, name))
 
     def __str__(self) -> str:
-        return f"{_call_text(self)}  # {self.action}, {self._why()}"
+        return f"{super().__str__()}  # {self.action}, {self._why()}"
 
     def _why(self) -> str:
-        if self.action == COMPILED:
-            return f"{'new' if self.new else 'reused'}: {self.specialization}"
-        return self.reason or ""
+        if self.action != COMPILED:
+            return self.reason or ""
+        difference = f"; {self.difference}" if self.difference else ""
+        return f"{'new' if self.new else 'reused'}: {self.specialization}{difference}"
 
 
-@dataclass(eq=False)
-class _OpaqueCall:
-    op: str
-    arguments: str
-    depth: int
-    result: str | None = None
-    contains_events: bool = False
-
-    def __str__(self) -> str:
-        return _call_text(self)
+Call = TypeVar("Call", bound=OpCall)
 
 
-def _call_text(call: TraceEvent | _OpaqueCall) -> str:
-    result = "raised" if call.result is None else call.result
-    return f"{'  ' * call.depth}{call.op.removesuffix('.default')}({call.arguments})  ->  {result}"
-
-
-@dataclass
-class Trace:
-    """The calls that modes with ``trace=True`` considered, in order; ``str(trace)`` is a line for each.
-
-    Opaque ops appear as the lines that their IR ops are indented under, and only if they have any.
+class _OfThread(threading.local):
+    """Where a thread is in a trace.
 
     Attributes:
-        events: the calls of IR ops.
+        number: the thread's number in the trace; negative before its first call.
+        calls: the calls that it is in, outermost first.
+        kept: how many of them are in the trace: the outer ones.
+        printed: how many of them are printed.
     """
 
-    _calls: list[TraceEvent | _OpaqueCall] = field(default_factory=list)
-    _thread: threading.local = field(default_factory=threading.local)
+    def __init__(self) -> None:
+        self.number = -1
+        self.calls: list[OpCall] = []
+        self.kept = self.printed = 0
 
-    @property
-    def events(self) -> list[TraceEvent]:
-        return [call for call in self._calls if isinstance(call, TraceEvent)]
+
+class Trace:
+    """The calls that tracing modes considered, in order; ``str(trace)`` is a line for each.
+
+    Calls of other ops appear as the lines that the IR ops are indented under, and only if they have any; with
+    ``all_ops=True`` every one appears. Several modes and threads may share a trace.
+
+    Args:
+        all_ops: record every op that the thread calls. Only then is a mode on torch's own stack of modes, and every
+            op costs microseconds more (:attr:`DispatchCompileMode.interception`).
+        ids: number the tensors, ``t$3: bf16[8, 2048]``, so that one can follow the data.
+        stacks: record where each call comes from.
+        max_events: how many calls to keep; of more, the oldest are dropped and counted. None keeps all.
+        stream: where to print each line as soon as its call ends. A call that others are indented under is printed
+            when the first of them begins, without its result.
+
+    Attributes:
+        dropped: how many calls were dropped.
+
+    Raises:
+        ValueError: ``max_events`` is negative.
+    """
+
+    def __init__(
+        self,
+        *,
+        all_ops: bool = False,
+        ids: bool = False,
+        stacks: bool = False,
+        max_events: int | None = None,
+        stream: IO[str] | None = None,
+    ) -> None:
+        if max_events is not None and max_events < 0:
+            raise ValueError(f"Trace: max_events must be 0 or more, not {max_events}")
+        self.all_ops = all_ops
+        self._ids = ids
+        self._stacks = stacks
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._calls: deque[OpCall] = deque(maxlen=max_events)
+        self._threads = 0
+        self._of_thread = _OfThread()
+        self.clear()
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        self._calls.clear()
+        with self._lock:
+            self._calls.clear()
+            self.dropped = 0
+            self._numbers = TensorNumbers() if self._ids else None
 
-    @contextmanager
-    def opaque(self, overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[_OpaqueCall]:
-        """Record a call of an op that is not an IR op, around its body."""
-        parents = self._parents()
-        call = _OpaqueCall(_qualified(overload), _described_arguments(args, kwargs), len(parents))
-        self._calls.append(call)
-        parents.append(call)
-        try:
-            yield call
-        finally:
-            parents.pop()
-            if not call.contains_events:
-                self._calls.remove(call)
+    @property
+    def calls(self) -> list[OpCall]:
+        """All calls that the text shows, in the order in which they began."""
+        with self._lock:
+            return list(self._calls)
 
-    def begin(self, overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TraceEvent:
-        """Record the call of an IR op, before it is known what becomes of it."""
-        parents = self._parents()
-        for call in parents:
-            call.contains_events = True
-        event = TraceEvent(_qualified(overload), _described_arguments(args, kwargs), len(parents))
-        self._calls.append(event)
-        return event
+    @property
+    def events(self) -> list[TraceEvent]:
+        """The calls of IR ops."""
+        return [call for call in self.calls if isinstance(call, TraceEvent)]
 
-    def _parents(self) -> list[_OpaqueCall]:
-        try:
-            parents: list[_OpaqueCall] = self._thread.parents
-        except AttributeError:
-            parents = self._thread.parents = []
-        return parents
+    def begin(self, kind: type[Call], overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """An op is called; ``kind`` is :class:`TraceEvent` for an IR op."""
+        thread = self._of_thread
+        if thread.number < 0:
+            with self._lock:
+                thread.number, self._threads = self._threads, self._threads + 1
+        numbers = self._numbers
+        inputs: list[tuple[str | None, Summary]] = [(None, summary_of(value, numbers)) for value in args]
+        inputs += [(name, summary_of(value, numbers)) for name, value in kwargs.items()]
+        op = f"{overload._schema.name}.{overload._overloadname}"
+        call = kind(op, tuple(inputs), len(thread.calls), thread.number, stack=_call_site() if self._stacks else ())
+        if self.all_ops or kind is TraceEvent:
+            self._print_outer(thread)
+            self._keep([*thread.calls[thread.kept :], call])
+            thread.kept = len(thread.calls) + 1
+        thread.calls.append(call)
+        call.start = time.perf_counter_ns()
+        return call
 
-    def summary(self) -> str:
-        """A table, one row per op: calls, how many were compiled, native and passed, and specializations made."""
-        header = ("op", "calls", COMPILED, NATIVE, PASSED, "specializations")
-        counts: dict[str, Counter[str]] = {}
-        for event in self.events:
-            counts.setdefault(event.op.removesuffix(".default"), Counter()).update(
-                {"calls": 1, event.action: 1, "specializations": int(event.new)}
-            )
-        rows = [header] + [(op, *(str(count[column]) for column in header[1:])) for op, count in sorted(counts.items())]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if i else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+    def end(self, call: OpCall, result: Any) -> None:
+        """The call that began last on this thread has returned."""
+        call.nanoseconds = time.perf_counter_ns() - call.start
+        call.output = summary_of(result, self._numbers)
+        self._left(call)
+
+    def end_raising(self, call: OpCall, error: BaseException) -> None:
+        """The call that began last on this thread has raised."""
+        call.nanoseconds = time.perf_counter_ns() - call.start
+        if isinstance(call, TraceEvent):
+            call.raised(error)
+        self._left(call)
+
+    def _left(self, call: OpCall) -> None:
+        thread = self._of_thread
+        thread.calls.pop()
+        depth = len(thread.calls)
+        if self._stream is not None and thread.kept > depth and (thread.printed <= depth or type(call) is TraceEvent):
+            self._print(str(call))
+        thread.kept, thread.printed = min(thread.kept, depth), min(thread.printed, depth)
+
+    def _keep(self, calls: list[OpCall]) -> None:
+        with self._lock:
+            free = len(calls) if self._calls.maxlen is None else self._calls.maxlen - len(self._calls)
+            self._calls.extend(calls)
+            self.dropped += max(0, len(calls) - free)
+
+    def _print_outer(self, thread: _OfThread) -> None:
+        if self._stream is not None:
+            for call in thread.calls[thread.printed :]:
+                self._print(call.text_before_result())
+            thread.printed = len(thread.calls)
+
+    def _print(self, line: str) -> None:
+        assert self._stream is not None
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
+
+    def text(self, *, all_ops: bool = True) -> str:
+        """The trace as text, a line for each call.
+
+        Args:
+            all_ops: also the calls that no call of an IR op is indented under, if they were recorded.
+
+        Where several threads are in the trace, lines begin with the thread's number. Call sites, if recorded, follow
+        the line of their call.
+        """
+        calls = self.calls
+        if not all_ops:
+            calls = _leading_to_events(calls)
+        several = len({call.thread for call in calls}) > 1
+        lines = [f"({self.dropped} earlier calls dropped)"] if self.dropped else []
+        for call in calls:
+            lines.append(f"[{call.thread}] {call}" if several else str(call))
+            lines += [f"{'  ' * call.depth}    at {site}" for site in call.stack]
+        return "\n".join(lines)
+
+    def summary(self, *, markdown: bool = False, seconds: bool = True) -> str:
+        """A table, one row per op: calls, how many were compiled, native and passed, specializations made, and the
+        seconds that compiling took.
+
+        Args:
+            markdown: as a Markdown table, not as aligned plain text.
+            seconds: with the seconds; they differ from run to run.
+        """
+        return table_of(self.events, markdown=markdown, seconds=seconds)
 
     def __len__(self) -> int:
         return len(self.events)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self._calls))
+        return self.text()
 
 
-def _qualified(overload: OpOverload) -> str:
-    return f"{overload._schema.name}.{overload._overloadname}"
+def _leading_to_events(calls: list[OpCall]) -> list[OpCall]:
+    """The calls of IR ops, and those that they are nested in."""
+    wanted: list[OpCall] = []
+    depths: dict[int, int] = {}  # by thread: calls less deep than this have a wanted call inside
+    for call in reversed(calls):
+        inner = depths.get(call.thread, 0)
+        if isinstance(call, TraceEvent) or call.depth < inner:
+            wanted.append(call)
+            depths[call.thread] = call.depth
+    return wanted[::-1]
 
 
-def _described_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    return ", ".join([*map(described, args), *(f"{name}={described(value)}" for name, value in kwargs.items())])
+def _call_site() -> tuple[str, ...]:
+    """The frames of the caller, outermost first, without torch's and this package's own."""
+    return tuple(_sites(sys._getframe(1)))[::-1]
 
 
-def described(value: Any) -> str:
-    """A value in the trace's form: ``t: bf16[8, 2048]`` for a tensor, ``(…, …)`` for several."""
-    if isinstance(value, torch.Tensor):
-        return f"t: {dtype_abbreviation(value.dtype)}[{', '.join(map(str, value.shape))}]"
-    if isinstance(value, (list, tuple)):
-        items = ", ".join(map(described, value))
-        return f"[{items}]" if isinstance(value, list) else f"({items})"
-    return repr(value)
+def _sites(frame: FrameType | None) -> Iterator[str]:
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_TORCH_FOLDER) and os.path.dirname(file) != _OWN_FOLDER:
+            yield f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back

@@ -29,6 +29,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--interception",
+        choices=("selective", "every op"),
+        default="selective",
+        help="how modes see calls whose trace does not ask for every op (see CONTRIBUTING.md)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--interception") == "every op":
+        from dispatch_compile import _mode
+
+        _mode._interception_for = lambda trace: "every op"
+
+
 @pytest.fixture
 def define_ir_op() -> Iterator[Callable[..., dc.IrOp]]:
     """``define_ir_op(native, **register_op's options)``: an IR op under a name of its own, gone after the test."""

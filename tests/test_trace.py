@@ -54,13 +54,13 @@ def test_nesting_and_reuse(tracing, layer):
 dispatch_compile_test::trace_outer(t: f32[4, 3], [t: f32[3]], 'fast')  ->  (t: f32[4, 3], t: f32[4, 3])
   dispatch_compile::trace_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
   dispatch_compile_test::trace_inner(t: f32[4, 3])  ->  t: f32[4, 3]
-    dispatch_compile::trace_scale(t: f32[4, 3], 3.0)  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
-  dispatch_compile::trace_scale(t: f32[4, 3], 1.5, 'fast')  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
+    dispatch_compile::trace_scale(t: f32[4, 3], 3.0)  ->  t: f32[4, 3]  # compiled, new: [s0, 3]; factor is 3.0, was not given
+  dispatch_compile::trace_scale(t: f32[4, 3], 1.5, 'fast')  ->  t: f32[4, 3]  # compiled, new: [s0, 3]; factor is 1.5, was not given; how is 'fast', was not given
 dispatch_compile::trace_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, reused: [s0, 3]
 dispatch_compile_test::trace_outer(t: bf16[5, 3], [t: f32[3]], 'fast')  ->  (t: f32[5, 3], t: f32[5, 3])
-  dispatch_compile::trace_scale(t: bf16[5, 3])  ->  t: bf16[5, 3]  # compiled, new: [s0, 3]
+  dispatch_compile::trace_scale(t: bf16[5, 3])  ->  t: bf16[5, 3]  # compiled, new: [s0, 3]; x is bf16, was f32
   dispatch_compile_test::trace_inner(t: bf16[5, 3])  ->  t: bf16[5, 3]
-    dispatch_compile::trace_scale(t: bf16[5, 3], 3.0)  ->  t: bf16[5, 3]  # compiled, new: [s0, 3]
+    dispatch_compile::trace_scale(t: bf16[5, 3], 3.0)  ->  t: bf16[5, 3]  # compiled, new: [s0, 3]; x is bf16, was f32
   dispatch_compile::trace_scale(t: f32[5, 3], 1.5, 'fast')  ->  t: f32[5, 3]  # compiled, reused: [s0, 3]
 dispatch_compile::trace_scale(t: f32[5, 3])  ->  t: f32[5, 3]  # compiled, reused: [s0, 3]
 dispatch_compile_test::trace_outer(t: f32[7, 3], [t: f32[3]], 'fast')  ->  (t: f32[7, 3], t: f32[7, 3])
@@ -70,10 +70,10 @@ dispatch_compile_test::trace_outer(t: f32[7, 3], [t: f32[3]], 'fast')  ->  (t: f
   dispatch_compile::trace_scale(t: f32[7, 3], 1.5, 'fast')  ->  t: f32[7, 3]  # compiled, reused: [s0, 3]
 dispatch_compile::trace_scale(t: f32[7, 3])  ->  t: f32[7, 3]  # compiled, reused: [s0, 3]
 dispatch_compile_test::trace_outer(t: f32[1, 3], [t: f32[3]], 'fast')  ->  (t: f32[1, 3], t: f32[1, 3])
-  dispatch_compile::trace_scale(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled, new: [1, 3]
+  dispatch_compile::trace_scale(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled, new: [1, 3]; x's shape is [1, 3], was [s0, 3]
   dispatch_compile_test::trace_inner(t: f32[1, 3])  ->  t: f32[1, 3]
-    dispatch_compile::trace_scale(t: f32[1, 3], 3.0)  ->  t: f32[1, 3]  # compiled, new: [1, 3]
-  dispatch_compile::trace_scale(t: f32[1, 3], 1.5, 'fast')  ->  t: f32[1, 3]  # compiled, new: [1, 3]
+    dispatch_compile::trace_scale(t: f32[1, 3], 3.0)  ->  t: f32[1, 3]  # compiled, new: [1, 3]; x's shape is [1, 3], was [s0, 3]
+  dispatch_compile::trace_scale(t: f32[1, 3], 1.5, 'fast')  ->  t: f32[1, 3]  # compiled, new: [1, 3]; x's shape is [1, 3], was [s0, 3]
 dispatch_compile::trace_scale(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled, reused: [1, 3]""",
     )
 
@@ -225,7 +225,7 @@ def test_summary(tracing, layer):
             layer(torch.ones(tokens, 3))
         dc.ops.rms_norm(torch.ones(4, 8, requires_grad=True), None, 1e-6)
     assert_expected_inline(
-        tracing.trace.summary(),
+        tracing.trace.summary(seconds=False),
         """\
 op                             calls  compiled  native  passed  specializations
 dispatch_compile::rms_norm         1         0       0       1                0
@@ -234,7 +234,7 @@ dispatch_compile::trace_scale     16        16       0       0                6"
 
 
 def test_summary_of_nothing(tracing):
-    assert_expected_inline(tracing.trace.summary(), """op  calls  compiled  native  passed  specializations""")
+    assert_expected_inline(tracing.trace.summary(seconds=False), """op  calls  compiled  native  passed  specializations""")
 
 
 def test_the_same_text_on_every_run(layer):
@@ -252,8 +252,7 @@ def test_off_records_nothing(layer, monkeypatch):
     def fail(*args: object) -> None:
         raise AssertionError("described an argument although tracing is off")
 
-    monkeypatch.setattr("dispatch_compile._trace.described", fail)
-    monkeypatch.setattr("dispatch_compile._mode.described", fail, raising=False)
+    monkeypatch.setattr("dispatch_compile._trace.summary_of", fail)
     mode = dc.DispatchCompileMode(config=EAGER)
     with mode:
         layer(torch.ones(4, 3))

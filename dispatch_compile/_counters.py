@@ -1,0 +1,73 @@
+"""Counts of what became of calls: per op and cache, and over the whole process."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+KINDS = ("compiles", "hits", "fallbacks", "asides")
+
+
+class OpCounters:
+    """The counts of one op in one cache. They need no lock: CPython does not interrupt ``+=`` on an attribute.
+
+    Attributes:
+        compiles: specializations compiled.
+        hits: calls that ran compiled code, a specialization's first call included.
+        fallbacks: calls that ran natively because there is no compiled code for them.
+        asides: calls that passed because of their arguments or the thread's state.
+        reasons: how often which reason kept a call from running compiled.
+    """
+
+    def __init__(self) -> None:
+        self.compiles = self.hits = self.fallbacks = self.asides = 0
+        self.reasons: Counter[str] = Counter()
+
+    def fell_back(self, reason: str) -> None:
+        self.fallbacks += 1
+        self.reasons[reason] += 1
+
+    def stepped_aside(self, reason: str) -> None:
+        self.asides += 1
+        self.reasons[reason] += 1
+
+
+CountersByOp = dict[str, OpCounters]
+
+_living: dict[int, CountersByOp] = {}
+_of_the_dead: dict[str, Counter[str]] = {}
+
+
+def count_for(cache: Any, by_op: CountersByOp) -> None:
+    """Have :func:`counters` include a cache's counts, also after the cache is gone."""
+    number = id(by_op)
+    _living[number] = by_op
+    weakref.finalize(cache, _bury, number)
+
+
+def _bury(number: int) -> None:
+    _add_to(_of_the_dead, _living.pop(number))
+
+
+def counters() -> dict[str, Counter[str]]:
+    """What became of the calls of IR ops in this process, in all modes and threads.
+
+    Returns:
+        A snapshot, in the manner of ``torch._dynamo.utils.counters``: ``"compiles"``, ``"hits"``, ``"fallbacks"`` and
+        ``"asides"`` count by op (``"ns::name.overload"``; see :class:`CacheStats` for what they count), and
+        ``"reasons"`` counts why calls did not run compiled.
+    """
+    totals = {name: Counter(counts) for name, counts in _of_the_dead.items()}
+    for by_op in list(_living.values()):
+        _add_to(totals, by_op)
+    return {name: totals.get(name, Counter()) for name in (*KINDS, "reasons")}
+
+
+def _add_to(totals: dict[str, Counter[str]], by_op: CountersByOp) -> None:
+    for op, counts in list(by_op.items()):
+        for kind in KINDS:
+            count = getattr(counts, kind)
+            if count:
+                totals.setdefault(kind, Counter())[op] += count
+        totals.setdefault("reasons", Counter()).update(counts.reasons.copy())

@@ -1,0 +1,82 @@
+"""Why a call needed a specialization of its own: in what it differs from the nearest that there was."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from ._specialization import Arguments, Leaf, sizes, strides
+from ._torch_private import dtype_abbreviation, global_state
+
+Components = Mapping[str, str]  # text by name, so that "name is text" reads well
+NOT_GIVEN = "not given"
+
+
+def difference(new: Components, others: Iterable[tuple[Components, str | None]]) -> str | None:
+    """In what a specialization differs from the nearest of the others: ``x is bf16, was f32``; None if there are none.
+
+    Args:
+        new: what its key is made of.
+        others: what the others' keys are made of, and what must hold of the dynamic sizes there.
+    """
+    differences = [_differences(new, old) or [f"the sizes do not satisfy {guard}"] for old, guard in others]
+    return "; ".join(sorted(differences, key=len)[0]) if differences else None
+
+
+def _differences(new: Components, old: Components) -> list[str]:
+    texts = {name: (new.get(name, NOT_GIVEN), old.get(name, NOT_GIVEN)) for name in {**new, **old}}
+    differing = {name: pair for name, pair in texts.items() if pair[0] != pair[1] and not _follows(name, texts)}
+    return [f"{name} is {now}, was {before}" for name, (now, before) in differing.items()]
+
+
+def _follows(name: str, texts: Mapping[str, tuple[str, str]]) -> bool:
+    """Whether a difference follows from another: a tensor that is not given has no shape, a shape brings a stride."""
+    if NOT_GIVEN in texts[name]:
+        return "'s " in name
+    shape = texts.get(name.replace("'s stride", "'s shape"), ("", ""))
+    return name.endswith("'s stride") and shape[0] != shape[1]
+
+
+def components_of(arguments: Arguments) -> dict[str, str]:
+    """What the key of a call is made of."""
+    found: dict[str, str] = {}
+    for leaf in arguments.leaves:
+        found.update(_of_leaf(leaf))
+    found["inference mode"] = _on_or_off(torch.is_inference_mode_enabled())
+    found.update(_of_state(json.loads(global_state())))
+    return found
+
+
+def in_names(guard: str | None, arguments: Arguments) -> str | None:
+    """A guard on the dynamic sizes in terms of the parameters' names, as ``2 <= x.size(0)``."""
+    if guard is None:
+        return None
+    names = {leaf.source: leaf.name for leaf in arguments.leaves}
+    return re.sub(r"\b[ak]\d+(?:\[\d+\])?", lambda match: names.get(match[0], match[0]), guard)
+
+
+def _of_leaf(leaf: Leaf) -> Iterator[tuple[str, str]]:
+    value, name = leaf.value, leaf.name
+    if not isinstance(value, torch.Tensor):
+        yield name, repr(value)
+        return
+    yield name, dtype_abbreviation(value.dtype)
+    shape = ("s0" if isinstance(size, str) else str(size) for size in sizes(leaf))
+    stride = (f"{step[1]}*s0" if isinstance(step, tuple) else str(step) for step in strides(leaf))
+    yield f"{name}'s shape", f"[{', '.join(shape)}]"
+    yield f"{name}'s stride", f"[{', '.join(stride)}]"
+    yield f"{name}'s device", str(value.device)
+    yield f"{name}'s requires_grad", str(value.requires_grad)
+    yield f"{name}'s is_inference()", str(value.is_inference())
+
+
+def _of_state(state: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    for name, value in state.items():
+        yield name.replace("_", " "), _on_or_off(value) if isinstance(value, bool) else str(value)
+
+
+def _on_or_off(value: bool) -> str:
+    return "on" if value else "off"

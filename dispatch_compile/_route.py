@@ -1,0 +1,204 @@
+"""The calls of one op in a mode: which implementation, compiled or not, and what runs then."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import _hooks
+from ._active import active
+from ._cache import NativeCache, Table
+from ._capture import first_line
+from ._compilation import CannotCompile, Specialization, specialize
+from ._config import CompileConfig
+from ._difference import components_of
+from ._errors import CompileError, DispatchCompileWarning
+from ._ir import Impl, Op
+from ._specialization import MISS, Arguments, Parameters, flatten, key_of, why_aside
+from ._torch_private import OpOverload, compile_lock
+from ._trace import NATIVE, PASSED, TraceEvent
+
+_log = logging.getLogger("dispatch_compile")
+
+
+def _no_impl() -> None:
+    return None
+
+
+class Route:
+    """How a mode reads the calls of one overload. It keeps neither the op nor an implementation alive.
+
+    Attributes:
+        last: the implementation that dispatch chose last, with its table (None: its provider is not to be compiled).
+            The kernel takes its short cut by it.
+    """
+
+    def __init__(self, op: Op, overload: OpOverload, config: CompileConfig, cache: NativeCache) -> None:
+        self.op = weakref.ref(op)
+        self.overload = overload
+        self.config = config
+        self.cache = cache
+        self.counters = cache.counters_of(overload)
+        self.parameters = Parameters.of(overload, op.activations)
+        self.last: tuple[Callable[[], Any], Table | None] = (_no_impl, None)
+
+    def run(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: TraceEvent | None) -> Any:
+        """Run a caught call, and say in ``event`` what was done and why."""
+        op = self.op()
+        if op is None:
+            return _hooks.redispatch(self.overload, keyset, args, kwargs)
+        impl = op.dispatch(*args, **kwargs)
+        last, table = self.last
+        if last() is not impl:
+            table = self.cache.table(op, impl, self.config) if impl.provider in self.config.providers else None
+            self.last = (weakref.ref(impl), table)
+        call = _Call(self, keyset, args, kwargs, event)
+        if event is not None:
+            event.provider = impl.provider
+        if table is None:
+            call.note(PASSED, f"provider {impl.provider!r} is not in providers {self.config.providers}")
+            return call.redispatch()
+        for entry in table.guarded:
+            try:
+                result = entry.call(args, kwargs)
+            except Exception as error:
+                return self._run_after_error(call, error)
+            if result is not MISS:
+                return self._finish(call, entry.specialization, result, new=False)
+        return self._run_unseen(call, op, impl)
+
+    def _run_unseen(self, call: _Call, op: Op, impl: Impl) -> Any:
+        """A call that no exact guard admits: step aside, or find its specialization by key, or make it."""
+        arguments = flatten(self.parameters, call.args, call.kwargs)
+        reason = why_aside(arguments)
+        if reason is not None:
+            self.counters.stepped_aside(reason)
+            call.note(PASSED, reason)
+            return call.redispatch()
+        key = key_of(arguments)
+        table = self.cache.table(op, impl, self.config)  # not the route's: the cache may have been cleared
+        self.last = (weakref.ref(impl), table)
+        failure = None
+        with compile_lock():
+            specialization = table.find(key, call.args, call.kwargs)
+            new = specialization is None
+            if specialization is None:
+                if captures_cuda_graph(arguments):
+                    reason = "not compiled yet, and a CUDA graph is being captured"
+                    self.counters.fell_back(reason)
+                    call.note(NATIVE, reason)
+                    return call.redispatch()
+                try:
+                    specialization = self._specialize(call, impl, table, arguments)
+                    table.add(key, specialization)
+                except CannotCompile as error:
+                    failure = error
+        if specialization is None:
+            assert failure is not None
+            return self._run_uncompilable(call, table, key, arguments, failure)
+        entry = table.add_guard(specialization, arguments)
+        try:
+            result = entry.call(call.args, call.kwargs)
+        except Exception as error:
+            return self._run_after_error(call, error)
+        return self._finish(call, specialization, result, new)
+
+    def _specialize(self, call: _Call, impl: Impl, table: Table, arguments: Arguments) -> Specialization:
+        start = time.perf_counter_ns()
+        try:
+            with active.suspended():
+                made = specialize(self.overload, impl, arguments, self.config)
+        finally:
+            nanoseconds = time.perf_counter_ns() - start
+            if call.event is not None:
+                call.event.compile_start, call.event.compile_nanoseconds = start, nanoseconds
+        if made.code is not None:
+            self.counters.compiles += 1
+            why = table.difference(made)
+            shapes = made.code.symbolic_shapes
+            suffix = f": {why}" if why else ""
+            _log.info(
+                "compiled %s (%s) for %s in %.1f s%s", self.overload, impl.provider, shapes, nanoseconds * 1e-9, suffix
+            )
+            if call.event is not None:
+                call.event.difference = why
+        return made
+
+    def _finish(self, call: _Call, specialization: Specialization, result: Any, new: bool) -> Any:
+        """The end of a call whose specialization is known: ``result`` is what its guarded call gave."""
+        if specialization.code is not None:
+            self.counters.hits += 1
+            if call.event is not None:
+                call.event.compiled(specialization.code.symbolic_shapes, new)
+            return result
+        reason = specialization.failure or ""
+        self.counters.fell_back(reason)
+        call.note(NATIVE, reason)
+        if specialization.fatal:
+            raise CompileError(reason)
+        return call.redispatch()
+
+    def _run_after_error(self, call: _Call, error: Exception) -> Any:
+        """Compiled code raised: let the op itself say whether that is an error, and which."""
+        result = call.redispatch()
+        reason = f"its compiled code raised {first_line(error)}"
+        self.counters.fell_back(reason)
+        call.note(NATIVE, reason)
+        _warn(f"{self.overload.name()}: {reason}; the op ran natively, without an error")
+        return result
+
+    def _run_uncompilable(
+        self, call: _Call, table: Table, key: Hashable, arguments: Arguments, failure: CannotCompile
+    ) -> Any:
+        """The first call of a specialization that cannot be compiled."""
+        result = call.redispatch()  # an error of the implementation itself comes out here, as in eager
+        reason = str(failure)
+        specialization = Specialization(
+            code=None, components=components_of(arguments), failure=reason, fatal=self.config.on_failure == "raise"
+        )
+        table.add(key, specialization)
+        table.add_guard(specialization, arguments)
+        self.counters.fell_back(reason)
+        call.note(NATIVE, reason)
+        if specialization.fatal:
+            raise CompileError(reason) from failure.__cause__
+        if reason not in table.failures_warned_of:
+            table.failures_warned_of.add(reason)
+            _warn(f"{reason}; it runs natively")
+        return result
+
+
+@dataclass
+class _Call:
+    """A caught call, on the paths where an object more does not matter."""
+
+    route: Route
+    keyset: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    event: TraceEvent | None
+
+    def redispatch(self) -> Any:
+        return _hooks.redispatch(self.route.overload, self.keyset, self.args, self.kwargs)
+
+    def note(self, action: str, reason: str) -> None:
+        if self.event is not None:
+            self.event.not_compiled(action, reason)
+
+
+def _warn(text: str) -> None:
+    _log.warning("%s", text)
+    warnings.warn(text, DispatchCompileWarning, stacklevel=2)
+
+
+def captures_cuda_graph(arguments: Arguments) -> bool:
+    """Whether the call is being recorded, so that nothing may be compiled or allocated beside it."""
+    on_cuda = any(leaf.value.is_cuda for leaf in arguments.tensors)
+    return on_cuda and torch.cuda.is_current_stream_capturing()

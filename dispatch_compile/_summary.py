@@ -1,0 +1,99 @@
+"""Arguments and results as a trace keeps them: what can be said of a value without keeping the value."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._torch_private import dtype_abbreviation
+
+_abbreviation = functools.cache(dtype_abbreviation)
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """A tensor, but for its values.
+
+    Attributes:
+        dtype: torch's abbreviation, as in ``bf16``.
+        shape: sizes; a symbolic one as its name.
+        strides: in elements; None if the tensor is contiguous, or has none.
+        device: ``"cpu"``, ``"cuda:0"``.
+        id: the tensor's number in its trace, if that numbers tensors.
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+    strides: tuple[int, ...] | None
+    device: str
+    id: int | None = None
+
+    def __str__(self) -> str:
+        number = "" if self.id is None else f"${self.id}"
+        strides = "" if self.strides is None else f"[{', '.join(map(str, self.strides))}]"
+        return f"t{number}: {self.dtype}[{', '.join(map(str, self.shape))}]{strides}"
+
+
+# A tensor, several values, or another value as its repr.
+Summary = TensorSummary | list["Summary"] | tuple["Summary", ...] | str
+
+
+def summary_of(value: Any, numbers: TensorNumbers | None = None) -> Summary:
+    """What a trace keeps of a value; ``numbers`` gives tensors their ids."""
+    if isinstance(value, torch.Tensor):
+        return _tensor_summary(value, None if numbers is None else numbers.of(value))
+    if isinstance(value, list):
+        return [summary_of(item, numbers) for item in value]
+    if isinstance(value, tuple):
+        return tuple(summary_of(item, numbers) for item in value)
+    return repr(value)
+
+
+def text_of(summary: Summary) -> str:
+    """A summary as people read it: ``t: bf16[8, 2048]``, with the strides behind it where not contiguous."""
+    if isinstance(summary, (list, tuple)):
+        items = ", ".join(map(text_of, summary))
+        return f"[{items}]" if isinstance(summary, list) else f"({items})"
+    return str(summary)
+
+
+def _tensor_summary(tensor: torch.Tensor, number: int | None) -> TensorSummary:
+    dtype, device = _abbreviation(tensor.dtype), str(tensor.device)
+    if tensor.is_nested:
+        return TensorSummary(dtype, ("nested",), None, device, number)
+    shape = tuple(size if type(size) is int else str(size) for size in tensor.shape)
+    return TensorSummary(dtype, shape, _strides_worth_telling(tensor, shape), device, number)
+
+
+def _strides_worth_telling(tensor: torch.Tensor, shape: tuple[int | str, ...]) -> tuple[int, ...] | None:
+    symbolic = any(isinstance(size, str) for size in shape)  # whether it is contiguous would be a guard on symbols
+    if symbolic or tensor.layout is not torch.strided or tensor.is_contiguous():
+        return None
+    strides: tuple[int, ...] = tensor.stride()
+    return strides
+
+
+class TensorNumbers:
+    """Numbers tensors in the order in which they are first seen, as long as they live."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._next = 0
+
+    def of(self, tensor: torch.Tensor) -> int:
+        known = self._numbers.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        number, self._next = self._next, self._next + 1
+        key = id(tensor)
+        self._numbers[key] = weakref.ref(tensor, lambda dead: self._forget(key, dead)), number
+        return number
+
+    def _forget(self, key: int, dead: weakref.ref[torch.Tensor]) -> None:
+        known = self._numbers.get(key)
+        if known is not None and known[0] is dead:  # else another tensor has come to stand there
+            del self._numbers[key]

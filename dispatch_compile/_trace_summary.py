@@ -1,0 +1,43 @@
+"""A trace as a table: what became of the calls of each op."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._trace import TraceEvent
+
+_COUNTED = ("calls", "compiled", "native", "passed", "specializations")
+
+
+def table_of(events: Iterable[TraceEvent], *, markdown: bool, seconds: bool) -> str:
+    """One row per op, in the order of their names; see :meth:`Trace.summary`."""
+    counts: dict[str, Counter[str]] = {}
+    for event in events:
+        count = counts.setdefault(event.op.removesuffix(".default"), Counter())
+        count.update({"calls": 1, event.action: 1, "specializations": int(event.new)})
+        count["compile ns"] += event.compile_nanoseconds
+    rows = [["op", *_COUNTED]]
+    rows += [[op, *(str(count[column]) for column in _COUNTED)] for op, count in sorted(counts.items())]
+    if seconds:
+        rows[0].append("compile seconds")
+        for row, (_, count) in zip(rows[1:], sorted(counts.items()), strict=True):
+            row.append(f"{count['compile ns'] * 1e-9:.2f}")
+    return _markdown(rows) if markdown else _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *numbers in rows:
+        cells = [name.ljust(widths[0]), *(n.rjust(width) for n, width in zip(numbers, widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    header, *others = (f"| {' | '.join(row)} |" for row in rows)
+    rule = f"| --- |{' ---: |' * (len(rows[0]) - 1)}"
+    return "\n".join([header, rule, *others])
