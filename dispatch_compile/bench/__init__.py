@@ -2,5 +2,6 @@
 
 ``cases`` are the ops and their inputs, ``peers`` the ways to run them, ``timing`` measures, ``compile_time`` does so
 for first calls, ``measure`` brings these together into a ``results.Results``, which ``report`` and ``plot`` show.
-``cli`` is the command line.
+``cli`` is the command line. ``breakdown`` and ``passthrough`` are commands of their own: where the time of an
+intercepted call goes, and what the mode costs the calls that it does not intercept.
 """

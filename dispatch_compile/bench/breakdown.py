@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.library import Library
 
 from . import timing
+from .arguments import DEVICES, available
 from .cases import CASES, DTYPES, Inputs, Sizes, tensors
-from .peers import CODE_ALONE, Arguments, CodeAlone, Ours, Peer
+from .peers import CODE_ALONE, CodeAlone, Ours, Peer
 
 NAMESPACE = "dispatch_compile_breakdown"
 CALL, DISPATCHER, GUARDED, ALLOCATION = "call", "dispatcher", "guarded code", "allocation"
@@ -33,13 +34,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--op", choices=CASES, default="rms_norm")
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     given = parser.parse_args(argv)
-    if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
+    device = available(given.device, parser)
     torch.set_num_threads(1)
     with torch.inference_mode():
-        print(text(shares(given.op, Sizes(given.tokens, given.hidden, DTYPES["bf16"], given.device))))
+        print(text(shares(given.op, Sizes(given.tokens, given.hidden, DTYPES["bf16"], device))))
     return 0
 
 
@@ -55,11 +55,11 @@ def shares(op_name: str, sizes: Sizes) -> dict[str, float]:
         peers = [
             whole,
             Peer(DISPATCHER, nothing, [arguments]),
-            Peer(GUARDED, _guarded_call(ours, arguments), [(arguments, {})]),
+            Peer(GUARDED, ours.guarded(arguments).call, [(arguments, {})]),
             CodeAlone(ours).peer([arguments]),
             Peer(ALLOCATION, _allocation(tensors(result)), [()]),
         ]
-        samples = timing.measure(peers, sizes.device, each_round=lambda: None)
+        samples = timing.measure(peers, timing.timer(sizes.device), timing.ROUNDS, each_round=lambda: None)
     times = {name: median(kinds[timing.HOST]) for name, kinds in samples.items()}
     return {
         "dispatcher, and entering the Python kernel": times[DISPATCHER],
@@ -87,11 +87,6 @@ def _op_that_does_nothing(schema: Any, result: Any) -> Any:
         yield getattr(torch.ops, NAMESPACE).nothing.default
     finally:
         library._destroy()
-
-
-def _guarded_call(ours: Ours, arguments: Arguments) -> Any:
-    table = ours.mode.cache.table(ours.op, ours.op.dispatch(*arguments), ours.mode.config)
-    return table.calls[0]
 
 
 def _allocation(results: list[Tensor]) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import handwritten, measure, plot, report, results
+from .arguments import DEVICES, available, positive
 from .cases import CASES, DEFAULT_OPS, DTYPES
 from .progress import Progress
 from .results import BadResults, Results, Settings
@@ -56,9 +57,7 @@ def _read(options: argparse.Namespace) -> Results:
 
 
 def _measured(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Results:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
+    device = available(options.device, parser)
     if options.vllm_kernels is not None and device != "cuda":
         parser.error("--vllm-kernels: they need --device cuda")
     ops = options.ops or DEFAULT_OPS
@@ -93,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", choices=tuple(TOKENS), help="default: cuda if there is one")
+    parser.add_argument("--device", choices=DEVICES, help="default: cuda if there is one")
     parser.add_argument(
         "--ops",
         type=_ops,
@@ -103,10 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     defaults = "; ".join(f"{','.join(map(str, tokens))} on {device}" for device, tokens in TOKENS.items())
     parser.add_argument("--tokens", type=_token_counts, metavar="N,N,...", help=f"token counts (default: {defaults})")
     parser.add_argument(
-        "--hidden", type=_positive, default=HIDDEN, metavar="N", help="the inputs' width (default: %(default)s)"
+        "--hidden", type=positive, default=HIDDEN, metavar="N", help="the inputs' width (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the inputs (default: %(default)s)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: 1 on cpu)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: 1 on cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it to FILE.png; needs matplotlib")
     parser.add_argument("--markdown", action="store_true", help="print tables for a document")
@@ -135,13 +134,7 @@ def _ops(text: str) -> tuple[str, ...]:
 
 def _token_counts(text: str) -> tuple[int, ...]:
     try:
-        counts = tuple(map(_positive, text.split(",")))
+        counts = tuple(map(positive, text.split(",")))
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 up, like 1,8,64") from None
     return counts
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)

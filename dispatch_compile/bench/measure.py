@@ -86,7 +86,7 @@ def _measure_case(
     del expected
 
     progress.show(f"{what}: timing")
-    samples = timing.measure(ready, settings.device, each_round=progress.step)
+    samples = timing.measure(ready, timing.timer(settings.device), timing.ROUNDS, each_round=progress.step)
     for name, by_kind in samples.items():
         times = {kind: Times.of(seconds) for kind, seconds in by_kind.items()}
         results[name] = PeerResult(times, results[name].peak_bytes)

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 from dispatch_compile import CompileConfig, DispatchCompileMode, IrOp
 
+from .._cache import Guarded
 from .._specialization import MISS
 from .._torch_private import OpOverload, TorchDispatchMode
 from .cases import Case, bytes_moved
@@ -108,6 +109,16 @@ class Ours(Contender):
     def compilations(self) -> int | None:
         return self.mode.cache.stats().compiles
 
+    def guarded(self, arguments: Arguments) -> Guarded:
+        """What a call with these arguments runs once it is intercepted; compiled first, if need be."""
+        with self.mode:
+            self.op.torch_op(*arguments)
+        table = self.mode.cache.table(self.op, self.op.impls["native"], self.mode.config)
+        for entry in table.guarded:
+            if entry.specialization.code is not None and entry.call(arguments, {}) is not MISS:
+                return entry
+        raise RuntimeError("nothing was compiled for these arguments")
+
 
 class CodeAlone(Contender):
     """The code that :class:`Ours` runs, called with its inputs made beforehand: nothing is intercepted or guarded."""
@@ -117,20 +128,9 @@ class CodeAlone(Contender):
         self._ours = ours
 
     def peer(self, rotation: Sequence[Arguments]) -> Peer:
-        ours = self._ours
-        with ours.mode:
-            ours.op.torch_op(*rotation[0])
-        code = self._code(rotation[0])
+        code: Any = self._ours.guarded(rotation[0]).specialization.code
         prepared = [_arguments_of_run(code.call, arguments) for arguments in rotation]
         return Peer(self.name, code.run, prepared, compiled=True)
-
-    def _code(self, arguments: Arguments) -> Any:
-        ours = self._ours
-        table = ours.mode.cache.table(ours.op, ours.op.impls["native"], ours.mode.config)
-        for entry in table.guarded:
-            if entry.specialization.code is not None and entry.call(arguments, {}) is not MISS:
-                return entry.specialization.code
-        raise RuntimeError("nothing was compiled for these arguments")
 
 
 def _arguments_of_run(call: str, arguments: Arguments) -> Arguments:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from .peers import (
     CODE_ALONE,
@@ -18,7 +17,8 @@ from .peers import (
     TUNED_MULTI_KERNEL,
     VLLM,
 )
-from .results import CaseResult, Results
+from .results import CaseResult, Results, counted, versions_text, where_text
+from .tables import Table, aligned, as_markdown, microseconds
 from .timing import DEVICE, HOST
 
 LIMIT = "limit"  # what the bare copy is called in a table
@@ -49,19 +49,12 @@ MAIN_RATIOS = {HOST: ((OURS, EAGER), (OURS, TORCH_COMPILE)), DEVICE: ((OURS, TOR
 NOTHING = "-"
 
 
-class Table(NamedTuple):
-    """A title, and rows of cells, the first of which is the header."""
-
-    title: str
-    rows: list[tuple[str, ...]]
-
-
 def text(results: Results) -> str:
     """For a terminal."""
     blocks = [header(results)]
     for op in _ops(results):
-        blocks += [_aligned(_times_table(results, op, kind)) for kind in results.kinds]
-    blocks += [_aligned(table) for table in _side_tables(results)]
+        blocks += [aligned(_times_table(results, op, kind)) for kind in results.kinds]
+    blocks += [aligned(table) for table in _side_tables(results)]
     blocks += _errors(results)
     return "\n\n".join(blocks)
 
@@ -69,7 +62,7 @@ def text(results: Results) -> str:
 def markdown(results: Results) -> str:
     """For a document."""
     blocks = [_caption(results)]
-    blocks += [_as_markdown(_flat_table(results, kind)) for kind in results.kinds]
+    blocks += [as_markdown(_flat_table(results, kind)) for kind in results.kinds]
     return "\n\n".join(blocks)
 
 
@@ -77,14 +70,14 @@ def header(results: Results) -> str:
     """What was measured, and on what."""
     settings = results.settings
     lines = [f"{name:<8}{value}" for name, value in results.machine.items()]
-    lines.append(f"{'inputs':<8}{settings.dtype}, hidden size {settings.hidden}, {_threads(results)}")
+    lines.append(f"{'inputs':<8}{settings.dtype}, hidden size {settings.hidden}, {counted(settings.threads, 'thread')}")
     return "\n".join(lines)
 
 
 def title(results: Results) -> str:
     """The same in a line."""
     settings, machine = results.settings, results.machine
-    where = machine.get("gpu") or f"{machine['cpu'].partition(',')[0]}, {_threads(results)}"
+    where = where_text(machine, settings.threads)
     return f"{where}, torch {machine['torch']}, {settings.dtype}, hidden size {settings.hidden}"
 
 
@@ -101,14 +94,8 @@ def shown_peers(cases: Iterable[CaseResult], kind: str, device: str) -> list[str
     return [name for name in names if name != COPY or kind == (DEVICE if device == "cuda" else HOST)]
 
 
-def _threads(results: Results) -> str:
-    count = results.settings.threads
-    return f"{count} thread{'s' if count > 1 else ''}"
-
-
 def _caption(results: Results) -> str:
-    versions = (f"{name} {results.machine[name]}" for name in ("cuda", "triton", "python") if name in results.machine)
-    return f"{title(results)}, {', '.join(versions)}. Microseconds."
+    return f"{title(results)}, {versions_text(results.machine)}. Microseconds."
 
 
 def _ops(results: Results) -> list[str]:
@@ -196,30 +183,9 @@ def _label(peer: str) -> str:
 
 
 def _microseconds(value: float | None) -> str:
-    if value is None:
-        return NOTHING
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return NOTHING if value is None else microseconds(value)
 
 
 def _ratio(case: CaseResult, ours: str, other: str, kind: str) -> str:
     one, two = case.time(ours, kind), case.time(other, kind)
     return NOTHING if one is None or not two else f"{one / two:.2f}"
-
-
-def _aligned(table: Table) -> str:
-    widths = [max(map(len, column)) for column in zip(*table.rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table.rows
-    ]
-    return "\n".join([table.title, *lines])
-
-
-def _as_markdown(table: Table) -> str:
-    header, *rows = table.rows
-    alignment = ["---", *("---:" for _ in header[1:])]
-    lines: Sequence[Sequence[str]] = [header, alignment, *rows]
-    return "\n".join([f"{table.title}:", "", *(f"| {' | '.join(line)} |" for line in lines)])

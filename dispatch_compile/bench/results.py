@@ -6,15 +6,17 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+R = TypeVar("R")
 
 SCHEMA = 1
 _NUMBERS = re.compile(r"\[[\d.,\s]+\]")  # a list of them is easier to read on one line
@@ -133,20 +135,25 @@ class Results:
 
 
 def read(path: Path) -> Results:
-    """The results in a JSON file.
+    """The results in a JSON file; raises as :func:`read_json` does."""
+    return read_json(path, SCHEMA, _results)
+
+
+def read_json(path: Path, schema: int | str, build: Callable[[Any], R]) -> R:
+    """What ``build`` makes of a JSON object with that ``"schema"``.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
         BadResults: it holds something else, or results of another version.
     """
     try:
         data = json.loads(path.read_text())
     except ValueError as error:
         raise BadResults(f"{path} is no JSON file: {error}") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise BadResults(f"{path} holds no results of this benchmark with schema {SCHEMA}")
+    if not isinstance(data, dict) or data.get("schema") != schema:
+        raise BadResults(f"{path} holds no results of this benchmark with schema {schema}")
     try:
-        return _results(data)
+        return build(data)
     except (KeyError, TypeError, AttributeError) as error:
         raise BadResults(f"{path} is not complete: {type(error).__name__}: {error}") from None
 
@@ -187,6 +194,21 @@ def describe_machine(device: str) -> dict[str, str]:
         machine["triton"] = metadata.version("triton")
     machine["python"] = platform.python_version()
     return machine
+
+
+def where_text(machine: Mapping[str, str], threads: int) -> str:
+    """The device that calls ran on."""
+    return machine.get("gpu") or f"{machine['cpu'].partition(',')[0]}, {counted(threads, 'thread')}"
+
+
+def versions_text(machine: Mapping[str, str]) -> str:
+    """The software beside torch."""
+    return ", ".join(f"{name} {machine[name]}" for name in ("cuda", "triton", "python") if name in machine)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, from one up."""
+    return f"{count} {noun}{'s' if count > 1 else ''}"
 
 
 def _cpu_model() -> str:

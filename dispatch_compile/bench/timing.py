@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -32,18 +32,27 @@ LONGEST_SLEEP = 0.5
 Samples = dict[str, list[float]]
 
 
-def measure(peers: Sequence[Peer], device: str, each_round: Callable[[], None]) -> dict[str, Samples]:
+class Timer(Protocol):
+    """How a peer's calls are timed."""
+
+    def batch_size(self, peer: Peer) -> int:
+        """How many calls to time at once."""
+
+    def times(self, peer: Peer, count: int) -> Iterator[tuple[str, float]]:
+        """Kinds of time, and seconds per call."""
+
+
+def measure(peers: Sequence[Peer], timer: Timer, rounds: int, each_round: Callable[[], None]) -> dict[str, Samples]:
     """Time warm peers.
 
     Returns:
-        Samples by the peer's name: host times, and device times where there is a device.
+        Samples by the peer's name.
     """
-    timer = _CudaTimer() if device == "cuda" else _CpuTimer()
     counts = {peer.name: timer.batch_size(peer) for peer in peers}
     samples: dict[str, Samples] = {peer.name: {} for peer in peers}
     shuffle = random.Random(0).sample  # what runs before a peer may favour it
     with _no_garbage_collection():
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for peer in shuffle(peers, len(peers)):
                 for kind, seconds in timer.times(peer, counts[peer.name]):
                     samples[peer.name].setdefault(kind, []).append(seconds)
@@ -59,6 +68,31 @@ def _no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def timer(device: str) -> Timer:
+    """Host times, and device times where there is a device."""
+    return _CudaTimer() if device == "cuda" else _CpuTimer()
+
+
+class HostTimer:
+    """Host times of small batches, for peers that are to be compared closely.
+
+    All peers make as many calls, so that what the first ones of a batch cost weighs alike. On a GPU their kernels must
+    fit in the launch queue.
+    """
+
+    def __init__(self, device: str, calls: int) -> None:
+        self._on_cuda = device == "cuda"
+        self._calls = calls
+
+    def batch_size(self, peer: Peer) -> int:
+        return self._calls
+
+    def times(self, peer: Peer, count: int) -> Iterator[tuple[str, float]]:
+        if self._on_cuda:
+            torch.cuda.synchronize()
+        yield HOST, _issue(peer, count)
 
 
 class _CpuTimer:

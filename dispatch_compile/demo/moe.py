@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everybody gives it
 from torch import Tensor
 
-from dispatch_compile.ops import quant_fp8_per_token
-
 from .ir_ops import ir_ops
 from .workload import NAMESPACE, Setup, Workload, generator, register_opaque_op
 
@@ -28,19 +26,20 @@ def fused_moe(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: i
         gate_up: ``[E, 2 * I, H]``, gate and up projection one above the other.
         down: ``[E, H, I]``.
         top_k: experts per token.
-        ir: where the activation comes from.
+        ir: where the activation and the quantization come from.
 
     Returns:
         ``[T, H]`` in ``x``'s dtype.
     """
+    ops = ir_ops(ir)
     # No IR op in front of the router: where two experts are nearly as good, a last digit would choose between them.
     weights, experts = _route(x, router, top_k)  # both [T, top_k]
     expert_of_row, row_order = experts.flatten().sort(stable=True)
     group_ends = _group_ends(expert_of_row, router.shape[0])
 
     rows = x[row_order // top_k]  # [T * top_k, H], the rows of an expert side by side
-    activated = ir_ops(ir).activation_and_mul(_grouped_matmul(rows, gate_up, group_ends))
-    quantized, scale = quant_fp8_per_token(activated)
+    activated = ops.activation_and_mul(_grouped_matmul(rows, gate_up, group_ends))
+    quantized, scale = ops.quant_per_token(activated)
     # The scale is per row, so it may wait until after the product, where vLLM's kernels apply it as well.
     rows = _grouped_matmul(quantized.to(x.dtype), down, group_ends).to(torch.float32) * scale
 
