@@ -32,4 +32,4 @@ __all__ = [
     "register_op",
 ]
 
-_registry.add_source(vllm.ir_ops)
+_registry.add_source(vllm.ir_ops, polled=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -16,14 +16,19 @@ NOT_GIVEN = "not given"
 
 
 def difference(new: Components, others: Iterable[tuple[Components, str | None]]) -> str | None:
-    """In what a specialization differs from the nearest of the others: ``x is bf16, was f32``; None if there are none.
+    """In what a specialization differs from the nearest of the others, the latest of several: ``x is bf16, was f32``;
+    None if there are none.
 
     Args:
         new: what its key is made of.
         others: what the others' keys are made of, and what must hold of the dynamic sizes there.
     """
     differences = [_differences(new, old) or [f"the sizes do not satisfy {guard}"] for old, guard in others]
-    return "; ".join(sorted(differences, key=len)[0]) if differences else None
+    return "; ".join(min(reversed(differences), key=_distance)) if differences else None
+
+
+def _distance(differences: Sequence[str]) -> tuple[int, int]:
+    return len(differences), sum(NOT_GIVEN in text for text in differences)
 
 
 def _differences(new: Components, old: Components) -> list[str]:
@@ -65,12 +70,16 @@ def _of_leaf(leaf: Leaf) -> Iterator[tuple[str, str]]:
         return
     yield name, dtype_abbreviation(value.dtype)
     shape = ("s0" if isinstance(size, str) else str(size) for size in sizes(leaf))
-    stride = (f"{step[1]}*s0" if isinstance(step, tuple) else str(step) for step in strides(leaf))
+    stride = (_times_s0(step[1]) if isinstance(step, tuple) else str(step) for step in strides(leaf))
     yield f"{name}'s shape", f"[{', '.join(shape)}]"
     yield f"{name}'s stride", f"[{', '.join(stride)}]"
     yield f"{name}'s device", str(value.device)
     yield f"{name}'s requires_grad", str(value.requires_grad)
     yield f"{name}'s is_inference()", str(value.is_inference())
+
+
+def _times_s0(factor: int) -> str:
+    return "s0" if factor == 1 else f"{factor}*s0"
 
 
 def _of_state(state: Mapping[str, object]) -> Iterator[tuple[str, str]]:

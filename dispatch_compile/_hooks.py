@@ -28,7 +28,9 @@ class _Hook:
         self.library.impl(overload.name().partition("::")[2], kernel, "BackendSelect", with_keyset=True)
 
 
-_hooks: dict[OpOverload, _Hook] = {}
+# By the overload's name: torch forgets its OpOverload objects when a library of an op by the same name is freed, and
+# makes new ones.
+_hooks: dict[str, _Hook] = {}
 _lock = threading.Lock()
 # Releases come from finalizers, which garbage collection may run anywhere, also inside acquire().
 _releases: deque[tuple[OpOverload, ...]] = deque()
@@ -41,12 +43,12 @@ def redispatch(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs:
 
 def caught(overload: OpOverload) -> bool:
     """Whether calls of the op are caught now."""
-    return overload in _hooks
+    return overload.name() in _hooks
 
 
 def hookable(overload: OpOverload) -> bool:
     """Whether calls of the op can be caught: it has no BackendSelect kernel but ours."""
-    return overload in _hooks or not has_kernel(overload, "BackendSelect")
+    return overload.name() in _hooks or not has_kernel(overload, "BackendSelect")
 
 
 def acquire(overloads: Iterable[OpOverload], make_kernel: Callable[[OpOverload], Callable[..., Any]]) -> None:
@@ -56,9 +58,10 @@ def acquire(overloads: Iterable[OpOverload], make_kernel: Callable[[OpOverload],
     """
     with _lock:
         for overload in overloads:
-            hook = _hooks.get(overload)
+            name = overload.name()
+            hook = _hooks.get(name)
             if hook is None:
-                hook = _hooks[overload] = _Hook(overload, make_kernel(overload))
+                hook = _hooks[name] = _Hook(overload, make_kernel(overload))
             hook.users += 1
     _work_off_releases()
 
@@ -75,10 +78,11 @@ def _work_off_releases() -> None:
         try:
             while _releases:
                 for overload in _releases.popleft():
-                    hook = _hooks[overload]
+                    name = overload.name()
+                    hook = _hooks[name]
                     hook.users -= 1
                     if not hook.users:
-                        del _hooks[overload]
+                        del _hooks[name]
                         hook.library._destroy()
         finally:
             _lock.release()

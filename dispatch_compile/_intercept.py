@@ -16,12 +16,12 @@ from ._trace import OpCall, TraceEvent
 def kernel_of(overload: OpOverload) -> Callable[..., Any]:
     """The kernel that catches calls of ``overload`` in every thread of the process."""
 
-    thread, key = active, id(overload)
+    thread, name = active, overload.name()
 
     def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
         mode = thread.untraced
         if mode is not None and not profiler._is_profiler_enabled:
-            route = mode.routes.get(key)
+            route = mode.routes.get(name)
             if route is not None:
                 op = route.op()
                 last, table = route.last
@@ -43,7 +43,7 @@ def kernel_of(overload: OpOverload) -> Callable[..., Any]:
 
 def _intercept(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The whole way of a caught call, of which the kernel takes a short cut."""
-    route = _route_of(overload)
+    route = _route_of(overload.name())
     if active.tracing:
         return _run_traced(route, overload, keyset, args, kwargs)
     if route is not None:
@@ -51,9 +51,9 @@ def _intercept(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs:
     return _hooks.redispatch(overload, keyset, args, kwargs)
 
 
-def _route_of(overload: OpOverload) -> Route | None:
+def _route_of(name: str) -> Route | None:
     for mode in reversed(active.stack):
-        route = mode.routes.get(id(overload))
+        route = mode.routes.get(name)
         if route is not None:
             return route
     return None

@@ -13,6 +13,7 @@ from . import _hooks, _registry
 from ._active import EVERY_OP, SELECTIVE, active
 from ._cache import NativeCache
 from ._config import CompileConfig
+from ._environment import trace_asked_for
 from ._intercept import kernel_of
 from ._ir import Op
 from ._opaque import opaque_overloads
@@ -49,7 +50,8 @@ class DispatchCompileMode(TorchDispatchMode):
 
     Attributes:
         config, cache: as given.
-        trace: the :class:`Trace`, or None when tracing is off.
+        trace: the :class:`Trace`, or None when tracing is off. With ``DISPATCH_COMPILE_TRACE=1`` in the environment, a
+            mode that is given no trace has one that prints to stderr, and keeps nothing.
         interception: how calls are seen. ``"selective"``: those of the IR ops alone (and of custom ops while a mode
             traces), and every other op costs nothing. ``"every op"``: the mode is on torch's stack of modes as any
             other ``TorchDispatchMode`` is, and sees, and slows down, every op of the thread; so it is if its trace
@@ -57,6 +59,7 @@ class DispatchCompileMode(TorchDispatchMode):
 
     Raises:
         ValueError, TypeError: an item of ``ops`` that is no IR op.
+        ValueError: ``DISPATCH_COMPILE_TRACE`` has a value that means nothing.
     """
 
     def __init__(
@@ -76,18 +79,19 @@ class DispatchCompileMode(TorchDispatchMode):
             raise TypeError(f"DispatchCompileMode: trace must be True, False or a Trace, not {trace!r}")
         self.config = config or CompileConfig()
         self.cache = cache if cache is not None else NativeCache()
-        self.trace = trace if isinstance(trace, Trace) else Trace() if trace else None
+        self.trace = trace if isinstance(trace, Trace) else Trace() if trace else trace_asked_for()
         self.interception = _interception_for(self.trace)
-        self.routes: dict[int, Route] = {}  # for the kernel, by id of the overload: hashing one runs Python
+        self.routes: dict[str, Route] = {}  # for the kernel, by the overload's name
         self._selects = _registry.selection(ops)
-        self._seen: list[weakref.ref[Op]] = []
+        self._polled: list[weakref.ref[Op]] = []
         self._caught: set[OpOverload] = set()
         self._sync_lock = threading.Lock()
         weakref.finalize(self, _hooks.release, self._caught)
         _modes.add(self)
+        self._sync()
 
     def __enter__(self) -> DispatchCompileMode:
-        if self.trace is not None or [ref() for ref in self._seen] != _registry.known_ops():
+        if self.trace is not None or self._outdated():
             self._sync()
         if self.interception == EVERY_OP:
             super().__enter__()
@@ -160,7 +164,7 @@ class DispatchCompileMode(TorchDispatchMode):
         """
         overload = _registry.overload_of(op, "warmup")
         self._sync()
-        route = self.routes.get(id(overload))
+        route = self.routes.get(overload.name())
         if route is None:
             raise ValueError(f"warmup: the mode does not catch {overload}; look at its ops= or register the op first")
         arguments = flatten(route.parameters, args, kwargs)
@@ -172,12 +176,16 @@ class DispatchCompileMode(TorchDispatchMode):
                 overload(*call_args, **call_kwargs)
         return watcher.trace.events
 
+    def _outdated(self) -> bool:
+        """Whether a source that does not say when its ops change has other ops than when they were last looked at."""
+        return [ref() for ref in self._polled] != _registry.polled_ops()
+
     def _sync(self) -> None:
         """Catch the ops that are known now, and no longer those that are gone."""
         with self._sync_lock:
             ops = _registry.known_ops()
             routes = {
-                id(overload): self._route(op, overload)
+                overload.name(): self._route(op, overload)
                 for op in ops
                 for overload in _registry.overloads(op)
                 if self._selects(op, overload)
@@ -190,11 +198,11 @@ class DispatchCompileMode(TorchDispatchMode):
             _hooks.acquire(fresh, kernel_of)
             self._caught -= gone
             self._caught |= fresh
-            self._seen = [weakref.ref(op) for op in ops]
+            self._polled = [weakref.ref(op) for op in _registry.polled_ops()]
             self.routes = routes
 
     def _route(self, op: Op, overload: OpOverload) -> Route:
-        known = self.routes.get(id(overload))
+        known = self.routes.get(overload.name())
         return known if known is not None and known.op() is op else Route(op, overload, self.config, self.cache)
 
 

@@ -16,13 +16,22 @@ from ._torch_private import OpOverload, OpOverloadPacket
 if TYPE_CHECKING:
     from ._ir import Op
 
-_sources: list[Callable[[], Iterable[Op]]] = []
+Source = Callable[[], Iterable["Op"]]
+
+_sources: list[Source] = []
+_polled: list[Source] = []
 _listeners: list[Callable[[], None]] = []
 
 
-def add_source(source: Callable[[], Iterable[Op]]) -> None:
-    """Add a function that lists IR ops; it is called whenever a mode is entered, so it must be quick."""
+def add_source(source: Source, *, polled: bool = False) -> None:
+    """Add a function that lists IR ops.
+
+    It says when its list changes, with :func:`changed`, or else it is ``polled``: called whenever a mode is entered,
+    so then it must be quick.
+    """
     _sources.append(source)
+    if polled:
+        _polled.append(source)
 
 
 def on_change(listener: Callable[[], None]) -> None:
@@ -39,6 +48,11 @@ def changed() -> None:
 def known_ops() -> list[Op]:
     """Every IR op known now, from all sources."""
     return [op for source in _sources for op in source()]
+
+
+def polled_ops() -> list[Op]:
+    """The ops of the sources that do not say when they change."""
+    return [op for source in _polled for op in source()]
 
 
 def overloads(op: Op) -> Iterator[OpOverload]:

@@ -7,22 +7,25 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from . import _hooks
-from ._active import active
-from ._cache import NativeCache, Table
+from ._active import active, bodies_watched
+from ._cache import Guarded, NativeCache, Table
 from ._capture import first_line
 from ._compilation import CannotCompile, Specialization, specialize
 from ._config import CompileConfig
 from ._difference import components_of
 from ._errors import CompileError, DispatchCompileWarning
 from ._ir import Impl, Op
-from ._specialization import MISS, Arguments, Parameters, flatten, key_of, why_aside
-from ._torch_private import OpOverload, compile_lock
+from ._profiler import in_profiler_range
+from ._specialization import MISS, Arguments, GuardedCall, Parameters, flatten, key_of, why_aside
+from ._torch_private import OpOverload, compile_lock, profiler
 from ._trace import NATIVE, PASSED, TraceEvent
 
 _log = logging.getLogger("dispatch_compile")
@@ -46,6 +49,7 @@ class Route:
         self.config = config
         self.cache = cache
         self.counters = cache.counters_of(overload)
+        self._name = overload.name().replace("::", ".")
         self.parameters = Parameters.of(overload, op.activations)
         self.last: tuple[Callable[[], Any], Table | None] = (_no_impl, None)
 
@@ -67,7 +71,7 @@ class Route:
             return call.redispatch()
         for entry in table.guarded:
             try:
-                result = entry.call(args, kwargs)
+                result = self._guarded_call(entry)(args, kwargs)
             except Exception as error:
                 return self._run_after_error(call, error)
             if result is not MISS:
@@ -91,10 +95,7 @@ class Route:
             new = specialization is None
             if specialization is None:
                 if captures_cuda_graph(arguments):
-                    reason = "not compiled yet, and a CUDA graph is being captured"
-                    self.counters.fell_back(reason)
-                    call.note(NATIVE, reason)
-                    return call.redispatch()
+                    return self._run_natively(call, "not compiled yet, and a CUDA graph is being captured")
                 try:
                     specialization = self._specialize(call, impl, table, arguments)
                     table.add(key, specialization)
@@ -105,10 +106,17 @@ class Route:
             return self._run_uncompilable(call, table, key, arguments, failure)
         entry = table.add_guard(specialization, arguments)
         try:
-            result = entry.call(call.args, call.kwargs)
+            result = self._guarded_call(entry)(call.args, call.kwargs)
         except Exception as error:
             return self._run_after_error(call, error)
         return self._finish(call, specialization, result, new)
+
+    def _guarded_call(self, entry: Guarded) -> GuardedCall:
+        """The call of a specialization; while a profiler is on, its code runs in a range of the op's name."""
+        code = entry.specialization.code
+        if code is None or not profiler._is_profiler_enabled:
+            return entry.call
+        return in_profiler_range(entry.call, f"dispatch_compile::{self._name} {code.symbolic_shapes}")
 
     def _specialize(self, call: _Call, impl: Impl, table: Table, arguments: Arguments) -> Specialization:
         start = time.perf_counter_ns()
@@ -139,18 +147,27 @@ class Route:
                 call.event.compiled(specialization.code.symbolic_shapes, new)
             return result
         reason = specialization.failure or ""
+        if specialization.fatal:
+            self._note_fallback(call, reason)
+            raise CompileError(reason)
+        return self._run_natively(call, reason)
+
+    def _run_natively(self, call: _Call, reason: str) -> Any:
+        self._note_fallback(call, reason)
+        if not profiler._is_profiler_enabled:
+            return call.redispatch()
+        with record_function(f"dispatch_compile::{self._name} native"):
+            return call.redispatch()
+
+    def _note_fallback(self, call: _Call, reason: str) -> None:
         self.counters.fell_back(reason)
         call.note(NATIVE, reason)
-        if specialization.fatal:
-            raise CompileError(reason)
-        return call.redispatch()
 
     def _run_after_error(self, call: _Call, error: Exception) -> Any:
         """Compiled code raised: let the op itself say whether that is an error, and which."""
         result = call.redispatch()
         reason = f"its compiled code raised {first_line(error)}"
-        self.counters.fell_back(reason)
-        call.note(NATIVE, reason)
+        self._note_fallback(call, reason)
         _warn(f"{self.overload.name()}: {reason}; the op ran natively, without an error")
         return result
 
@@ -165,8 +182,7 @@ class Route:
         )
         table.add(key, specialization)
         table.add_guard(specialization, arguments)
-        self.counters.fell_back(reason)
-        call.note(NATIVE, reason)
+        self._note_fallback(call, reason)
         if specialization.fatal:
             raise CompileError(reason) from failure.__cause__
         if reason not in table.failures_warned_of:
@@ -186,7 +202,8 @@ class _Call:
     event: TraceEvent | None
 
     def redispatch(self) -> Any:
-        return _hooks.redispatch(self.route.overload, self.keyset, self.args, self.kwargs)
+        with nullcontext() if self.event is None else bodies_watched():
+            return _hooks.redispatch(self.route.overload, self.keyset, self.args, self.kwargs)
 
     def note(self, action: str, reason: str) -> None:
         if self.event is not None:

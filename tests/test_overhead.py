@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 
@@ -36,6 +37,7 @@ def functions_run(fn: Callable[[], Any]) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.selective
 def test_an_intercepted_call_runs_nothing_but_dispatch_guard_and_code():
     mode = dc.DispatchCompileMode()
     x, weight = torch.randn(4, 64), torch.randn(64)
@@ -67,6 +69,7 @@ def test_an_intercepted_call_runs_nothing_but_dispatch_guard_and_code():
         )
 
 
+@pytest.mark.selective
 def test_an_op_that_is_not_caught_runs_no_python():
     x = torch.randn(4, 4)
     with dc.DispatchCompileMode():
@@ -78,6 +81,7 @@ def test_an_op_that_is_not_caught_runs_no_python():
         )
 
 
+@pytest.mark.selective
 def test_entering_and_leaving_is_short():
     mode = dc.DispatchCompileMode()
     with mode:

@@ -33,6 +33,7 @@ def gradients(run, *inputs: Tensor) -> list[Tensor]:
     return [tensor.grad.clone() for tensor in inputs]
 
 
+@pytest.mark.selective
 def test_gradients_equal_eager(mode):
     x, weight = torch.randn(4, 8, requires_grad=True), nn.Parameter(torch.randn(8))
 
@@ -45,6 +46,7 @@ def test_gradients_equal_eager(mode):
     assert reason(mode) == "x requires grad and grad mode is on"
 
 
+@pytest.mark.selective
 def test_gradients_inside_an_opaque_op(mode, counted, define_opaque):
     def body(x: Tensor) -> Tensor:
         return counted(x) * 2
@@ -104,6 +106,7 @@ def test_parameters_and_tensors_agree(mode, counted):
     assert (mode.cache.stats().compiles, mode.cache.stats().hits) == (2, 8)
 
 
+@pytest.mark.selective
 def test_forward_mode(mode, counted):
     primal, tangent = torch.randn(4, 3), torch.randn(4, 3)
 
@@ -121,6 +124,7 @@ def test_forward_mode(mode, counted):
 # ---- Thread state
 
 
+@pytest.mark.selective
 @pytest.mark.parametrize("inside", [True, False], ids=["autocast inside", "autocast outside"])
 def test_autocast(inside, mode, define_ir_op):
     def project(x: Tensor, weight: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ dispatch_compile_test::trace_outer(t: f32[4, 3], [t: f32[3]], 'fast')  ->  (t: f
   dispatch_compile::trace_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
   dispatch_compile_test::trace_inner(t: f32[4, 3])  ->  t: f32[4, 3]
     dispatch_compile::trace_scale(t: f32[4, 3], 3.0)  ->  t: f32[4, 3]  # compiled, new: [s0, 3]; factor is 3.0, was not given
-  dispatch_compile::trace_scale(t: f32[4, 3], 1.5, 'fast')  ->  t: f32[4, 3]  # compiled, new: [s0, 3]; factor is 1.5, was not given; how is 'fast', was not given
+  dispatch_compile::trace_scale(t: f32[4, 3], 1.5, 'fast')  ->  t: f32[4, 3]  # compiled, new: [s0, 3]; factor is 1.5, was 3.0; how is 'fast', was not given
 dispatch_compile::trace_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, reused: [s0, 3]
 dispatch_compile_test::trace_outer(t: bf16[5, 3], [t: f32[3]], 'fast')  ->  (t: f32[5, 3], t: f32[5, 3])
   dispatch_compile::trace_scale(t: bf16[5, 3])  ->  t: bf16[5, 3]  # compiled, new: [s0, 3]; x is bf16, was f32
@@ -107,6 +107,7 @@ def test_events(tracing, layer):
     assert len(tracing.trace) == 4
 
 
+@pytest.mark.selective
 def test_passed_and_why(define_ir_op):
     def trace_mul(x: Tensor, weight: Tensor | None = None) -> Tensor:
         return x * 2 if weight is None else x * weight
