@@ -1,7 +1,7 @@
-"""The benchmark figures in README.md are those in ``benchmarks/*.json``.
+"""The benchmark figures in README.md and docs/ are those in ``benchmarks/*.json``.
 
-In README they stand between ``<!-- bench:NAME ARGUMENTS -->`` and ``<!-- /bench -->``, as printed by
-``python -m dispatch_compile bench --from-json benchmarks/NAME.json --markdown ARGUMENTS``.
+They stand there between ``<!-- COMMAND:NAME ARGUMENTS -->`` and ``<!-- /COMMAND -->``, as printed by
+``python -m dispatch_compile COMMAND --from-json benchmarks/NAME.json --markdown ARGUMENTS``.
 """
 
 from __future__ import annotations
@@ -14,36 +14,40 @@ import pytest
 from dispatch_compile.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"^<!-- bench:(\w+)(.*?) -->\n(.*?)^<!-- /bench -->$", re.MULTILINE | re.DOTALL)
-NAMES = ("cpu", "cpu_small", "h100", "h100_tuning")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^<!-- (bench|passthrough):(\w+)(.*?) -->\n(.*?)^<!-- /\1 -->$", re.MULTILINE | re.DOTALL)
+MEASURED = [
+    ("bench", "cpu"),
+    ("bench", "cpu_small"),
+    ("bench", "h100"),
+    ("bench", "h100_tuning"),
+    ("passthrough", "passthrough_cpu"),
+    ("passthrough", "passthrough_h100"),
+]
 
 
-def blocks(name: str) -> list[tuple[str, str]]:
-    """The arguments and the text of each block of that name."""
-    readme = ROOT / "README.md"
-    assert readme.exists(), "there is no README.md"
-    return [(match[2], match[3]) for match in BLOCK.finditer(readme.read_text()) if match[1] == name]
+def blocks() -> list[tuple[str, str, str, str]]:
+    """Command, name, arguments and text of each block."""
+    return [match.groups() for page in PAGES for match in BLOCK.finditer(page.read_text())]
 
 
-def test_every_block_has_a_known_name():
-    assert {match[1] for match in BLOCK.finditer((ROOT / "README.md").read_text())} <= set(NAMES)
+def test_every_block_is_known_and_every_measurement_is_shown():
+    assert {(command, name) for command, name, _, _ in blocks()} == set(MEASURED)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_figures_are_those_measured(name, capsys):
+@pytest.mark.parametrize(("command", "name"), MEASURED)
+def test_figures_are_those_measured(command, name, capsys):
     path = ROOT / "benchmarks" / f"{name}.json"
-    assert path.exists(), f"write it: python -m dispatch_compile bench --json benchmarks/{name}.json"
-    found = blocks(name)
-    assert found, f"README.md has no block between <!-- bench:{name} --> and <!-- /bench -->"
-    for arguments, text in found:
-        assert main(["bench", "--from-json", str(path), "--markdown", *arguments.split()]) == 0
+    assert path.exists(), f"write it: python -m dispatch_compile {command} --json benchmarks/{name}.json"
+    for arguments, text in [block[2:] for block in blocks() if block[:2] == (command, name)]:
+        assert main([command, "--from-json", str(path), "--markdown", *arguments.split()]) == 0
         assert text.strip() == capsys.readouterr().out.strip(), (
-            f"README.md is not up to date: put in the block what this prints:\n"
-            f"python -m dispatch_compile bench --from-json benchmarks/{name}.json --markdown{arguments}"
+            f"the block {command}:{name} is not up to date: put there what this prints:\n"
+            f"python -m dispatch_compile {command} --from-json benchmarks/{name}.json --markdown{arguments}"
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for command, name in MEASURED if command == "bench"])
 def test_plots_are_shown(name):
     command = f"python -m dispatch_compile bench --from-json benchmarks/{name}.json --plot benchmarks/{name}.png"
     assert (ROOT / "benchmarks" / f"{name}.png").exists(), f"draw it: {command}"
