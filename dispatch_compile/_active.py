@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ._torch_private import torchs_modes
 
 if TYPE_CHECKING:
     from ._mode import DispatchCompileMode
+    from ._trace import Trace
 
 # How a mode sees calls.
 SELECTIVE, EVERY_OP = "selective", "every op"
@@ -25,48 +26,56 @@ class ActiveModes(threading.local):
 
     Attributes:
         stack: the modes, innermost last.
-        tracing: how many of them trace.
-        untraced: the innermost, if none of them traces: all that the short cut in the kernel looks at.
+        traces: their traces, each once.
+        untraced: the innermost mode, if none of them traces: all that the short cut in the kernel looks at.
     """
 
     def __init__(self) -> None:
         self.stack: tuple[DispatchCompileMode, ...] = ()
-        self.tracing = 0
+        self.traces: tuple[Trace, ...] = ()
         self.untraced: DispatchCompileMode | None = None
 
     def push(self, mode: DispatchCompileMode) -> None:
         self.stack = (*self.stack, mode)
-        self.tracing += mode.trace is not None
-        self.untraced = None if self.tracing else mode
+        self._changed()
 
     def pop(self) -> None:
-        self.tracing -= self.stack[-1].trace is not None
         self.stack = self.stack[:-1]
-        self.untraced = self.stack[-1] if self.stack and not self.tracing else None
+        self._changed()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """No mode: the compiler's own calls of IR ops are none of ours."""
-        saved = self.stack, self.tracing, self.untraced
-        self.stack, self.tracing, self.untraced = (), 0, None
+        saved, self.stack = self.stack, ()
+        self._changed()
         try:
             yield
         finally:
-            self.stack, self.tracing, self.untraced = saved
+            self.stack = saved
+            self._changed()
+
+    def _changed(self) -> None:
+        traces = [mode.trace for mode in self.stack if mode.trace is not None]
+        self.traces = tuple({id(trace): trace for trace in traces}.values()) if traces else ()
+        self.untraced = self.stack[-1] if self.stack and not traces else None
 
 
 active = ActiveModes()
 
 
-@contextmanager
-def bodies_watched() -> Iterator[None]:
+def bodies_watched() -> AbstractContextManager[Any]:
     """Let the modes that are to see every op see those in the body of an op: torch takes a mode off its stack while
     that handles the op."""
-    with ExitStack() as entered:
-        for mode in active.stack:
-            if mode.interception == EVERY_OP and not any(mode is other for other in torchs_modes()):
-                entered.enter_context(mode.on_torchs_stack())
-        yield
+    if not any(mode.interception == EVERY_OP for mode in active.stack):
+        return _NOTHING
+    entered = ExitStack()
+    for mode in active.stack:
+        if mode.interception == EVERY_OP and not any(mode is other for other in torchs_modes()):
+            entered.enter_context(mode.on_torchs_stack())
+    return entered
+
+
+_NOTHING = nullcontext()
 
 
 def inherit_modes(fn: Callable[P, R]) -> Callable[P, R]:

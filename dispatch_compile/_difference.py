@@ -24,7 +24,10 @@ def difference(new: Components, others: Iterable[tuple[Components, str | None]])
         others: what the others' keys are made of, and what must hold of the dynamic sizes there.
     """
     differences = [_differences(new, old) or [f"the sizes do not satisfy {guard}"] for old, guard in others]
-    return "; ".join(min(reversed(differences), key=_distance)) if differences else None
+    if not differences:
+        return None
+    nearest = min(reversed(differences), key=_distance)
+    return "; ".join(nearest)
 
 
 def _distance(differences: Sequence[str]) -> tuple[int, int]:

@@ -44,7 +44,7 @@ def kernel_of(overload: OpOverload) -> Callable[..., Any]:
 def _intercept(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The whole way of a caught call, of which the kernel takes a short cut."""
     route = _route_of(overload.name())
-    if active.tracing:
+    if active.traces:
         return _run_traced(route, overload, keyset, args, kwargs)
     if route is not None:
         return route.run(keyset, args, kwargs, None)
@@ -63,7 +63,7 @@ def _run_traced(
     route: Route | None, overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run the call in front of the traces of every mode entered on this thread."""
-    traces = list({id(mode.trace): mode.trace for mode in active.stack if mode.trace is not None}.values())
+    traces = active.traces
     calls: Sequence[OpCall] = []
     try:
         if route is None:

@@ -1,21 +1,22 @@
-"""Arguments and results as a trace keeps them: what can be said of a value without keeping the value."""
+"""Arguments and results as a trace keeps them: what can be said of a value without keeping the value.
+
+A tracing mode makes several for each call, so they are to take a microsecond or two each.
+"""
 
 from __future__ import annotations
 
 import functools
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ._torch_private import dtype_abbreviation
 
-_abbreviation = functools.cache(dtype_abbreviation)
+_dtype_text = functools.cache(dtype_abbreviation)
 
 
-@dataclass(frozen=True)
-class TensorSummary:
+class TensorSummary(NamedTuple):
     """A tensor, but for its values.
 
     Attributes:
@@ -55,18 +56,26 @@ def summary_of(value: Any, numbers: TensorNumbers | None = None) -> Summary:
 
 def text_of(summary: Summary) -> str:
     """A summary as people read it: ``t: bf16[8, 2048]``, with the strides behind it where not contiguous."""
-    if isinstance(summary, (list, tuple)):
+    if isinstance(summary, (list, tuple)) and not isinstance(summary, TensorSummary):
         items = ", ".join(map(text_of, summary))
         return f"[{items}]" if isinstance(summary, list) else f"({items})"
     return str(summary)
 
 
 def _tensor_summary(tensor: torch.Tensor, number: int | None) -> TensorSummary:
-    dtype, device = _abbreviation(tensor.dtype), str(tensor.device)
     if tensor.is_nested:
-        return TensorSummary(dtype, ("nested",), None, device, number)
+        return TensorSummary(_dtype_text(tensor.dtype), ("nested",), None, str(tensor.device), number)
+    plain = type(tensor) is torch.Tensor
+    if plain and number is None and (tensor.layout is not torch.strided or tensor.is_contiguous()):
+        return _without_strides(tensor.dtype, tensor.shape, tensor.device)
     shape = tuple(size if type(size) is int else str(size) for size in tensor.shape)
-    return TensorSummary(dtype, shape, _strides_worth_telling(tensor, shape), device, number)
+    strides = _strides_worth_telling(tensor, shape)
+    return TensorSummary(_dtype_text(tensor.dtype), shape, strides, str(tensor.device), number)
+
+
+@functools.lru_cache(maxsize=4096)
+def _without_strides(dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> TensorSummary:
+    return TensorSummary(_dtype_text(dtype), tuple(shape), None, str(device))
 
 
 def _strides_worth_telling(tensor: torch.Tensor, shape: tuple[int | str, ...]) -> tuple[int, ...] | None:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import IO, Any, TypeVar
 
@@ -210,15 +211,17 @@ class Trace:
                 thread.number, self._threads = self._threads, self._threads + 1
         numbers = self._numbers
         inputs: list[tuple[str | None, Summary]] = [(None, summary_of(value, numbers)) for value in args]
-        inputs += [(name, summary_of(value, numbers)) for name, value in kwargs.items()]
-        op = f"{overload._schema.name}.{overload._overloadname}"
-        call = kind(op, tuple(inputs), len(thread.calls), thread.number, stack=_call_site() if self._stacks else ())
+        if kwargs:
+            inputs += [(name, summary_of(value, numbers)) for name, value in kwargs.items()]
+        stack = _call_site() if self._stacks else ()
+        depth = len(thread.calls)
+        call = kind(_qualified(overload), tuple(inputs), depth, thread.number, time.perf_counter_ns(), stack=stack)
         if self.all_ops or kind is TraceEvent:
-            self._print_outer(thread)
-            self._keep([*thread.calls[thread.kept :], call])
-            thread.kept = len(thread.calls) + 1
+            if self._stream is not None:
+                self._print_outer(thread)
+            self._keep([*thread.calls[thread.kept :], call] if thread.kept < depth else [call])
+            thread.kept = depth + 1
         thread.calls.append(call)
-        call.start = time.perf_counter_ns()
         return call
 
     def end(self, call: OpCall, result: Any) -> None:
@@ -240,19 +243,21 @@ class Trace:
         depth = len(thread.calls)
         if self._stream is not None and thread.kept > depth and (thread.printed <= depth or type(call) is TraceEvent):
             self._print(str(call))
-        thread.kept, thread.printed = min(thread.kept, depth), min(thread.printed, depth)
+        if thread.kept > depth:
+            thread.kept = depth
+        if thread.printed > depth:
+            thread.printed = depth
 
     def _keep(self, calls: list[OpCall]) -> None:
         with self._lock:
-            free = len(calls) if self._calls.maxlen is None else self._calls.maxlen - len(self._calls)
+            if self._calls.maxlen is not None:
+                self.dropped += max(0, len(self._calls) + len(calls) - self._calls.maxlen)
             self._calls.extend(calls)
-            self.dropped += max(0, len(calls) - free)
 
     def _print_outer(self, thread: _OfThread) -> None:
-        if self._stream is not None:
-            for call in thread.calls[thread.printed :]:
-                self._print(call.text_before_result())
-            thread.printed = len(thread.calls)
+        for call in thread.calls[thread.printed :]:
+            self._print(call.text_before_result())
+        thread.printed = len(thread.calls)
 
     def _print(self, line: str) -> None:
         assert self._stream is not None
@@ -288,11 +293,69 @@ class Trace:
         """
         return table_of(self.events, markdown=markdown, seconds=seconds)
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the trace to a file that :meth:`load` reads, as JSON lines (docs/trace_format.md).
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from ._trace_file import write
+
+        write(self, path)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read a trace that :meth:`save` wrote. It is to be looked at: what is recorded into it has another clock.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file is not a whole trace, or of a newer version; the text says where, and what is wrong.
+        """
+        from ._trace_file import read
+
+        recording = read(path)
+        trace = cls(all_ops=recording.all_ops)
+        trace._calls.extend(recording.calls)
+        trace.dropped = recording.dropped
+        return trace
+
+    def to_perfetto(self, path: str | os.PathLike[str]) -> Path:
+        """Write the trace as a timeline for ui.perfetto.dev or chrome://tracing.
+
+        Each call is a slice, inside the calls that it is nested in, and so is each compilation. A trace without calls
+        gives a timeline without slices.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from ._perfetto import write
+
+        write(self, path)
+        return Path(path)
+
     def __len__(self) -> int:
         return len(self.events)
 
     def __str__(self) -> str:
         return self.text()
+
+
+_names: dict[str, str] = {}  # by what the overload calls itself: asking its schema takes a microsecond
+
+
+def _qualified(overload: OpOverload) -> str:
+    short = overload.name()
+    name = _names.get(short)
+    if name is None:
+        name = _names[short] = f"{overload._schema.name}.{overload._overloadname}"
+    return name
 
 
 def _leading_to_events(calls: list[OpCall]) -> list[OpCall]:
