@@ -4,14 +4,16 @@ that users register for ops of other libraries."""
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.library import infer_schema
 
+from ._errors import DispatchCompileWarning
 from ._hooks import hookable
-from ._torch_private import OpOverload, OpOverloadPacket
+from ._torch_private import OpOverload, OpOverloadPacket, has_kernel
 
 if TYPE_CHECKING:
     from ._ir import Op
@@ -129,6 +131,10 @@ def register_native(
         ValueError: no such op, schemas that differ (both are named), an op that already has a reference
             implementation or a BackendSelect kernel, an activation that is no parameter.
         TypeError: ``op`` is none of the above.
+
+    Warns:
+        DispatchCompileWarning: a CompositeImplicitAutograd op, which torch decomposes above the key where calls are
+            caught, except in inference mode.
     """
     overload = overload_of(op, "register_native")
     schema = overload._schema
@@ -143,6 +149,13 @@ def register_native(
         raise ValueError(
             f"register_native: {overload} has a BackendSelect kernel of its own (it picks a device from an "
             f"argument), so its calls cannot be intercepted"
+        )
+    if has_kernel(overload, "CompositeImplicitAutograd"):
+        warnings.warn(
+            f"register_native: torch decomposes {overload} before a call of it can be caught, but in inference mode. "
+            f"Register its kernel as CompositeExplicitAutograd, or for a backend, to have it caught everywhere",
+            DispatchCompileWarning,
+            stacklevel=2,
         )
     with _registry_lock:
         if overload in NativeOp.registry or any(overload in overloads(known) for known in known_ops()):

@@ -233,3 +233,20 @@ def test_op_that_mutates_is_left_alone_by_its_schema(define_opaque):
     assert_same(out, torch.full((4, 3), 3.0))
     assert mode.cache.stats().hits == 0
     handle.remove()
+
+
+def test_an_op_that_decomposes_is_caught_in_inference_mode_only_and_says_so(define_opaque):
+    def decomposing(x: Tensor) -> Tensor:
+        return x * 2
+
+    op = define_opaque(decomposing, key="CompositeImplicitAutograd")
+    with pytest.warns(dc.DispatchCompileWarning, match="torch decomposes .* but in inference mode"):
+        handle = dc.register_native(op, decomposing)
+    mode = dc.DispatchCompileMode(config=EAGER)
+    with mode:
+        op(torch.ones(3))
+        assert mode.cache.stats().hits == 0
+        with torch.inference_mode():
+            op(torch.ones(3))
+        assert mode.cache.stats().hits == 1
+    handle.remove()
