@@ -19,6 +19,7 @@ COMMANDS = {
         "dispatch_compile.demo.cli",
         "a fused MoE and an MLA decode step as opaque custom ops, eager against compiled",
     ),
+    "trace": Command("dispatch_compile.trace_script.cli", "what is done with each call of an IR op in your program"),
     "bench": Command(
         "dispatch_compile.bench.cli",
         "time per call of IR ops in the mode, beside everything that one could use instead",

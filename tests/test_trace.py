@@ -74,7 +74,7 @@ dispatch_compile_test::trace_outer(t: f32[1, 3], [t: f32[3]], 'fast')  ->  (t: f
   dispatch_compile_test::trace_inner(t: f32[1, 3])  ->  t: f32[1, 3]
     dispatch_compile::trace_scale(t: f32[1, 3], 3.0)  ->  t: f32[1, 3]  # compiled, new: [1, 3]; x's shape is [1, 3], was [s0, 3]
   dispatch_compile::trace_scale(t: f32[1, 3], 1.5, 'fast')  ->  t: f32[1, 3]  # compiled, new: [1, 3]; x's shape is [1, 3], was [s0, 3]
-dispatch_compile::trace_scale(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled, reused: [1, 3]""",
+dispatch_compile::trace_scale(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled, reused: [1, 3]""",  # noqa: E501
     )
 
 
@@ -235,7 +235,7 @@ dispatch_compile::trace_scale     16        16       0       0                6"
 
 
 def test_summary_of_nothing(tracing):
-    assert_expected_inline(tracing.trace.summary(seconds=False), """op  calls  compiled  native  passed  specializations""")
+    assert_expected_inline(tracing.trace.summary(seconds=False), """op  calls  compiled  native  passed  specializations""")  # noqa: E501
 
 
 def test_the_same_text_on_every_run(layer):

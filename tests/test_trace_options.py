@@ -51,7 +51,7 @@ dispatch_compile::opt_scale(t$0: f32[4, 3])  ->  t$1: f32[4, 3]  # compiled, new
 dispatch_compile_test::opt_body(t$1: f32[4, 3])  ->  t$5: f32[4, 3]
   dispatch_compile::opt_scale(t$1: f32[4, 3])  ->  t$2: f32[4, 3]  # compiled, reused: [s0, 3]
   dispatch_compile::opt_scale(t$1: f32[4, 3], t$3: f32[3])  ->  t$4: f32[4, 3]  # compiled, new: [s0, 3], [3]; weight is f32, was not given
-dispatch_compile::opt_scale(t$0: f32[4, 3], None, 3.0)  ->  t$6: f32[4, 3]  # compiled, new: [s0, 3]; weight is None, was f32; factor is 3.0, was not given""",
+dispatch_compile::opt_scale(t$0: f32[4, 3], None, 3.0)  ->  t$6: f32[4, 3]  # compiled, new: [s0, 3]; weight is None, was f32; factor is 3.0, was not given""",  # noqa: E501
     )
 
 
@@ -86,7 +86,7 @@ def test_strides_where_not_contiguous(scale):
 dispatch_compile::opt_scale(t: f32[4, 3][6, 1])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
 dispatch_compile::opt_scale(t: f32[6, 4][1, 6])  ->  t: f32[6, 4][1, 6]  # compiled, new: [s0, 4]; x's shape is [s0, 4], was [s0, 3]
 dispatch_compile::opt_scale(t: f32[1, 6])  ->  t: f32[1, 6]  # compiled, new: [1, 6]; x's shape is [1, 6], was [s0, 4]
-dispatch_compile::opt_scale(t: f32[4, 3][6, 0])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]; x's shape is [s0, 3], was [1, 6]""",
+dispatch_compile::opt_scale(t: f32[4, 3][6, 0])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]; x's shape is [s0, 3], was [1, 6]""",  # noqa: E501
     )
 
 
@@ -276,7 +276,7 @@ dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s
 dispatch_compile_test::opt_body(t: f32[4, 3])
   dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, reused: [s0, 3]
   dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3], [3]; weight is f32, was not given
-""",
+""",  # noqa: E501
     )
 
 
@@ -294,7 +294,7 @@ dispatch_compile_test::opt_body(t: f32[4, 3])
   aten::new_ones(t: f32[4, 3], [3], pin_memory=False)  ->  t: f32[3]
   dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3], [3]; weight is f32, was not given
   aten::add.Tensor(t: f32[4, 3], t: f32[4, 3])  ->  t: f32[4, 3]
-""",
+""",  # noqa: E501
     )
 
 
@@ -313,7 +313,7 @@ def test_threads_are_told_apart(opaque, scale):
 [0] dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
 [1] dispatch_compile_test::opt_body(t: f32[4, 3])  ->  t: f32[4, 3]
 [1]   dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, reused: [s0, 3]
-[1]   dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3], [3]; weight is f32, was not given""",
+[1]   dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3], [3]; weight is f32, was not given""",  # noqa: E501
     )
 
 

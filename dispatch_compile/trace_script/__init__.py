@@ -1,0 +1,1 @@
+"""``python -m dispatch_compile trace``: a whole program inside a tracing mode."""
