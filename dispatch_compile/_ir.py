@@ -268,6 +268,13 @@ class IrOp:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.torch_op(*args, **kwargs)
 
+    def __copy__(self) -> IrOp:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IrOp:
+        """An op is one, as a function is: a module that holds it can be copied."""
+        return self
+
     def __repr__(self) -> str:
         return f"IrOp({NAMESPACE}::{self.name}{self._schema})"
 
