@@ -7,6 +7,7 @@ from ._cache import CacheStats, NativeCache
 from ._config import CompileConfig
 from ._counters import counters
 from ._errors import CompileError, DispatchCompileWarning
+from ._explain import Explanation
 from ._ir import IrOp, IrOpImpl, register_op
 from ._mode import DispatchCompileMode
 from ._registry import register_native
@@ -18,6 +19,7 @@ __all__ = [
     "CompileError",
     "DispatchCompileMode",
     "DispatchCompileWarning",
+    "Explanation",
     "IrOp",
     "IrOpImpl",
     "NativeCache",

@@ -13,16 +13,20 @@ from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import _registry
+from . import _background, _registry
 from ._compilation import Specialization
 from ._config import CompileConfig
 from ._counters import KINDS, CountersByOp, OpCounters, count_for
 from ._difference import difference
+from ._fork import freed_in_children
 from ._specialization import Arguments, GuardedCall
 from ._torch_private import OpOverload
 
 # How many exact guards are kept in front of a table's keys. Beyond it the oldest goes, and comes back when needed.
 _GUARDED_LIMIT = 64
+
+# For all caches, so that a forked child has one lock to free. Re-entrant: garbage collection may strike inside.
+_lock = freed_in_children(threading.RLock())
 
 
 @dataclass(frozen=True)
@@ -56,41 +60,75 @@ class Table:
     Attributes:
         calls: what the hot path tries in turn: guarded calls of compiled code, the last one made first.
         guarded: the same with their specializations, and the guarded failures. Both are replaced whole, so that
-            readers need no lock; of two guards added at once one may be lost, and is made again when it is missed.
+            readers need no lock.
+        warned_of: the reasons that were warned of.
+        dropped: whether the cache has let go of it. It stays empty then; what is under way for it is not kept.
     """
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Let go of everything."""
         self.calls: tuple[GuardedCall, ...] = ()
         self.guarded: tuple[Guarded, ...] = ()
-        self._by_key: dict[Hashable, list[Specialization]] = {}
-        self.failures_warned_of: set[str] = set()
+        self.warned_of: set[str] = set()
+        self.dropped = False
+        self._by_key: dict[Hashable, list[Specialization]] = {}  # the latest used last, as far as is known
+
+    @property
+    def size(self) -> int:
+        """How many specializations there are."""
+        return sum(len(several) for several in list(self._by_key.values()))
 
     def find(self, key: Hashable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Specialization | None:
         """The specialization for a key whose guards on the dynamic sizes hold for these arguments."""
-        for specialization in self._by_key.get(key, ()):
-            if specialization.admits(args, kwargs):
-                return specialization
-        return None
+        with _lock:
+            several = tuple(self._by_key.get(key, ()))
+        return next((one for one in several if one.admits(args, kwargs)), None)
 
     def add(self, key: Hashable, specialization: Specialization) -> None:
         """Keep a specialization under its key."""
-        self._by_key.setdefault(key, []).append(specialization)
+        with _lock:
+            if not self.dropped:
+                self._by_key[key] = [*self._by_key.pop(key, ()), specialization]
 
     def difference(self, made: Specialization) -> str | None:
         """In what a specialization differs from the nearest that there is; None if there is none."""
-        others = [known for several in self._by_key.values() for known in several]
+        others = [known for several in list(self._by_key.values()) for known in several]
         return difference(made.components, ((other.components, other.guard) for other in others))
 
-    def add_guard(self, specialization: Specialization, arguments: Arguments) -> Guarded:
+    def add_guard(self, key: Hashable, specialization: Specialization, arguments: Arguments) -> Guarded:
         """Put an exact guard for such arguments in front of the others: the last call is the likeliest next."""
         entry = Guarded(specialization.guarded_call(arguments), specialization)
-        self.guarded = (entry, *self.guarded[: _GUARDED_LIMIT - 1])
-        self.calls = tuple(guard.call for guard in self.guarded if guard.specialization.code is not None)
+        with _lock:
+            several = self._by_key.pop(key, None)
+            if several is not None:
+                self._by_key[key] = several
+                if any(one is specialization for one in several):  # it may have been dropped meanwhile
+                    self._guard_with((entry, *self.guarded[: _GUARDED_LIMIT - 1]))
         return entry
+
+    def make_room(self, limit: int) -> None:
+        """Drop what was least recently used until one specialization more is within the limit.
+
+        A call through a guard leaves no mark. So when it gets tight, the older half lose their guards: those that are
+        called again get new ones, and are the latest used from then on.
+        """
+        with _lock:
+            while self.size >= limit:
+                del self._by_key[next(iter(self._by_key))]
+            if self.size + 1 == limit:
+                newer = list(self._by_key.values())[(len(self._by_key) + 1) // 2 :]
+                kept = {id(specialization) for several in newer for specialization in several}
+                self._guard_with(tuple(entry for entry in self.guarded if id(entry.specialization) in kept))
+
+    def _guard_with(self, guarded: tuple[Guarded, ...]) -> None:
+        self.guarded = guarded
+        self.calls = tuple(guard.call for guard in guarded if guard.specialization.code is not None)
+
+    def drop(self) -> None:
+        """Let go of everything, for good."""
+        with _lock:
+            self.dropped = True
+            self._by_key = {}
+            self._guard_with(())
 
 
 class _Entry:
@@ -103,7 +141,7 @@ class _Entry:
     def drop(self) -> None:
         """Let go of the code. Modes remember tables, so these are emptied, not only forgotten."""
         for table in self.tables.values():
-            table.clear()
+            table.drop()
 
 
 class NativeCache:
@@ -118,7 +156,6 @@ class NativeCache:
         self._counters: CountersByOp = {}
         count_for(self, self._counters)
         self._entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
-        self._lock = threading.RLock()  # garbage collection may strike inside
         _caches.add(self)
 
     def __len__(self) -> int:
@@ -126,22 +163,41 @@ class NativeCache:
 
     def table(self, op: Any, impl: Any, config: CompileConfig) -> Table:
         """The specializations of an op's implementation under a configuration, made on first use."""
-        with self._lock:
+        with _lock:
             entry = self._entries.get(impl)
             if entry is None:
                 entry = self._entries[impl] = _Entry(op)
             return entry.tables.setdefault(config, Table())
 
+    def existing_table(self, impl: Any, config: CompileConfig) -> Table | None:
+        """The specializations of an implementation under a configuration, if any were asked for; nothing is added."""
+        with _lock:
+            entry = self._entries.get(impl)
+            return None if entry is None else entry.tables.get(config)
+
     def clear(self) -> None:
         """Drop all compiled code; the next calls compile again. The counts go on."""
         self._drop(lambda entry: True)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the code that calls so far need is compiled, where it is compiled in the background.
+
+        There is one background for all caches. Do not call it inside of what is compiled.
+
+        Args:
+            timeout: in seconds; None waits as long as it takes.
+
+        Returns:
+            False if it took longer.
+        """
+        return _background.wait(timeout)
 
     def drop_unregistered(self, known: Container[Any]) -> None:
         """Drop the code of ops that are not among the ``known`` ones."""
         self._drop(lambda entry: entry.op() not in known)
 
     def _drop(self, condition: Callable[[_Entry], bool]) -> None:
-        with self._lock:
+        with _lock:
             for impl, entry in list(self._entries.items()):
                 if condition(entry):
                     entry.drop()
@@ -149,13 +205,13 @@ class NativeCache:
 
     def counters_of(self, overload: OpOverload) -> OpCounters:
         """The counts of one op in this cache, made on first use."""
-        with self._lock:
+        with _lock:
             name = f"{overload._schema.name}.{overload._overloadname}"
             return self._counters.setdefault(name, OpCounters())
 
     def stats(self) -> CacheStats:
         """The counts of this cache, over all ops."""
-        with self._lock:
+        with _lock:
             counters = list(self._counters.values())
         return CacheStats(**{kind: sum(getattr(of_op, kind) for of_op in counters) for kind in KINDS})
 

@@ -16,7 +16,7 @@ from ._difference import Components, components_of, in_names
 from ._inductor_options import options_for
 from ._ir import Impl
 from ._specialization import Arguments, GuardedCall, guarded, with_tokens, within_shapes
-from ._torch_private import OpOverload, inductor_compile, lookup_backend, shape_guard_names
+from ._torch_private import InductorCode, OpOverload, inductor_compile, lookup_backend, shape_guard_names
 
 # The number of tokens that code is tuned for. Taken from the first call, it would depend on which call comes first,
 # and code tuned for a few tokens is slow at many: on a CPU it runs on one core, and on an H100 silu_and_mul took
@@ -45,6 +45,7 @@ class Code:
     result: str  # expression that makes the op's result of `{}`, the list of output tensors
     symbolic_shapes: str
     owner: object = None  # what takes the code apart when it is freed
+    path: str | None = None  # the file that the backend wrote `source` to
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,34 @@ def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: C
     except StepAside as reason:
         return Specialization(None, components, failure=str(reason))
     except CannotCapture as error:
-        raise CannotCompile(f"{_what(overload, impl)} cannot be captured: {error}") from error.__cause__
+        raise _not_captured(overload, impl, error) from error.__cause__
     except Exception as error:
         raise CannotCompile(
             f"{_what(overload, impl)} cannot be compiled with {config.backend!r}: {first_line(error)}"
         ) from error
     admits = within_shapes(arguments, code.shape_guard, "True", shape_guard_names())
     return Specialization(code, components, in_names(code.shape_guard, arguments), admits=admits)
+
+
+def foresee(overload: OpOverload, impl: Impl, arguments: Arguments) -> Specialization:
+    """What :func:`specialize` would come to, as far as that can be told without compiling. Its code cannot be run.
+
+    Raises:
+        CannotCompile: it cannot be captured.
+    """
+    components = components_of(arguments)
+    try:
+        captured = capture(impl.func_impl_fn, arguments)
+    except StepAside as reason:
+        return Specialization(None, components, failure=str(reason))
+    except CannotCapture as error:
+        raise _not_captured(overload, impl, error) from error.__cause__
+    code = _code(captured, captured.guards(), _not_compiled)
+    return Specialization(code, components, in_names(code.shape_guard, arguments))
+
+
+def _not_compiled(inputs: list[Any]) -> list[torch.Tensor]:
+    raise AssertionError("called before it was compiled")
 
 
 def _code_for(fn: Callable[..., Any], arguments: Arguments, config: CompileConfig) -> Code:
@@ -139,24 +161,39 @@ def _within_shapes(code: Code, arguments: Arguments) -> GuardedCall:
     return within_shapes(arguments, code.shape_guard, code.call, {**shape_guard_names(), "run": code.run})
 
 
+def _not_captured(overload: OpOverload, impl: Impl, error: CannotCapture) -> CannotCompile:
+    return CannotCompile(f"{_what(overload, impl)} cannot be captured: {error}")
+
+
 def _what(overload: OpOverload, impl: Impl) -> str:
     return f"the {impl.provider!r} implementation of {overload.name()}"
 
 
 def _compile(captured: Captured, config: CompileConfig) -> Code:
-    source = owner = None
+    owner = None
     if all(_is_known_to_be_empty(output) for output in captured.outputs):
         run = _run_of_nothing(captured.outputs)
     elif config.backend == "inductor":
         owner = inductor_compile(captured.graph, captured.inputs, {**options_for(captured), **config.options})
-        run, source = owner.run, owner.source
+        run = owner.run
     else:
         backend = lookup_backend(config.backend) if isinstance(config.backend, str) else config.backend
         run = _run_of_backend(backend(captured.graph, captured.inputs))
     # Only now: compiling may have added to what is assumed of the sizes.
-    guards = captured.guards()
-    call = f"run([{', '.join(captured.input_sources)}])"
-    return Code(run, call, source, guards, captured.result, captured.symbolic_shapes(), owner)
+    return _code(captured, captured.guards(), run, owner)
+
+
+def _code(captured: Captured, guards: str | None, run: Run, owner: InductorCode | None = None) -> Code:
+    return Code(
+        run=run,
+        call=f"run([{', '.join(captured.input_sources)}])",
+        source=None if owner is None else owner.source,
+        shape_guard=guards,
+        result=captured.result,
+        symbolic_shapes=captured.symbolic_shapes(),
+        owner=owner,
+        path=None if owner is None else owner.path,
+    )
 
 
 def _is_known_to_be_empty(output: torch.Tensor) -> bool:

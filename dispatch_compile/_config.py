@@ -9,11 +9,15 @@ from types import MappingProxyType
 from typing import Any
 
 ON_FAILURE = ("raise", "native")
+NO_EVICTION, LRU = "none", "lru"
 
 
 @dataclass(frozen=True, init=False, eq=False)
 class CompileConfig:
     """How implementations are compiled; part of the key under which compiled code is cached.
+
+    ``background``, ``max_specializations`` and ``eviction`` change nothing about the code. Configurations that differ
+    in these alone are equal, and share code in a cache.
 
     Args:
         backend: ``"inductor"``, the name of another registered ``torch.compile`` backend, or a callable
@@ -24,9 +28,18 @@ class CompileConfig:
             chooses any other provider passes untouched.
         on_failure: what to do with an implementation that cannot be captured or compiled: ``"raise"``
             a :class:`CompileError`, or run it ``"native"`` (warned about once, counted, traced).
+        background: whether calls that need new code run natively while a thread of its own compiles, in place of
+            waiting. It compiles for tensors of zeros; they take the memory of the call's arguments for so long. What
+            fails there is raised or warned of by the next call that needs it. Before a CUDA graph is captured, wait
+            with :meth:`NativeCache.wait`: compiling meanwhile, also on another thread, would break the capture.
+        max_specializations: how many specializations there may be of one implementation, under one configuration, in
+            one cache. A call that would need one more runs natively; the first such call warns of what keeps changing.
+        eviction: ``"lru"`` to drop the least recently used specialization instead; ``"none"`` to keep them all. Calls
+            leave no mark, so which one that is, is only roughly known.
 
     Raises:
-        ValueError: an unknown option, backend or ``on_failure``; options for another backend.
+        ValueError: an unknown option, backend, ``on_failure`` or ``eviction``; options for another backend; a
+            ``max_specializations`` below 1.
         TypeError: an argument of the wrong type.
     """
 
@@ -34,7 +47,10 @@ class CompileConfig:
     options: Mapping[str, Any]
     providers: tuple[str, ...]
     on_failure: str
-    _identity: tuple[Any, ...] = field(repr=False)
+    background: bool
+    max_specializations: int
+    eviction: str
+    _identity: tuple[Any, ...] = field(init=False, repr=False)
 
     def __init__(
         self,
@@ -43,14 +59,28 @@ class CompileConfig:
         options: Mapping[str, Any] | None = None,
         providers: Iterable[str] = ("native",),
         on_failure: str = "raise",
+        background: bool = False,
+        max_specializations: int = 256,
+        eviction: str = NO_EVICTION,
     ) -> None:
         if on_failure not in ON_FAILURE:
             raise ValueError(f"CompileConfig: on_failure must be one of {ON_FAILURE}, not {on_failure!r}")
+        if not isinstance(background, bool):
+            raise TypeError(f"CompileConfig: background must be True or False, not {background!r}")
+        if not isinstance(max_specializations, int) or isinstance(max_specializations, bool):
+            raise TypeError(f"CompileConfig: max_specializations must be a number, not {max_specializations!r}")
+        if max_specializations < 1:
+            raise ValueError(f"CompileConfig: max_specializations must be 1 or more, not {max_specializations}")
+        if eviction not in (NO_EVICTION, LRU):
+            raise ValueError(f"CompileConfig: eviction must be one of {(NO_EVICTION, LRU)}, not {eviction!r}")
         set_field = object.__setattr__  # the class is frozen
         set_field(self, "backend", _checked_backend(backend))
         set_field(self, "options", MappingProxyType(_checked_options(options, backend)))
         set_field(self, "providers", _checked_providers(providers))
         set_field(self, "on_failure", on_failure)
+        set_field(self, "background", background)
+        set_field(self, "max_specializations", max_specializations)
+        set_field(self, "eviction", eviction)
         set_field(self, "_identity", (backend, _frozen(self.options), self.providers, on_failure))
 
     def __eq__(self, other: object) -> bool:

@@ -10,7 +10,8 @@ KINDS = ("compiles", "hits", "fallbacks", "asides")
 
 
 class OpCounters:
-    """The counts of one op in one cache. They need no lock: CPython does not interrupt ``+=`` on an attribute.
+    """The counts of one op in one cache. They need no lock: CPython switches threads where Python code calls or jumps,
+    and not in ``+=`` on an attribute or on an item that is there.
 
     Attributes:
         compiles: specializations compiled.
@@ -26,10 +27,14 @@ class OpCounters:
 
     def fell_back(self, reason: str) -> None:
         self.fallbacks += 1
-        self.reasons[reason] += 1
+        self._count(reason)
 
     def stepped_aside(self, reason: str) -> None:
         self.asides += 1
+        self._count(reason)
+
+    def _count(self, reason: str) -> None:
+        self.reasons.setdefault(reason, 0)  # a Counter's own way to give a new key its 0 is Python code
         self.reasons[reason] += 1
 
 

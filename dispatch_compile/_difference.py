@@ -50,12 +50,18 @@ def _follows(name: str, texts: Mapping[str, tuple[str, str]]) -> bool:
 
 def components_of(arguments: Arguments) -> dict[str, str]:
     """What the key of a call is made of."""
-    found: dict[str, str] = {}
-    for leaf in arguments.leaves:
-        found.update(_of_leaf(leaf))
-    found["inference mode"] = _on_or_off(torch.is_inference_mode_enabled())
-    found.update(_of_state(json.loads(global_state())))
-    return found
+    return {**argument_components(arguments), **state_components()}
+
+
+def argument_components(arguments: Arguments) -> dict[str, str]:
+    """What the key has of the arguments."""
+    return dict(component for leaf in arguments.leaves for component in _of_leaf(leaf))
+
+
+def state_components() -> dict[str, str]:
+    """What the key has of the thread's state and torch's global state."""
+    inference_mode = _on_or_off(torch.is_inference_mode_enabled())
+    return {"inference mode": inference_mode, **dict(_of_state(json.loads(global_state())))}
 
 
 def in_names(guard: str | None, arguments: Arguments) -> str | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch.library import Library
 
+from ._fork import freed_in_children
 from ._torch_private import BELOW_BACKEND_SELECT, OpOverload, has_kernel
 
 
@@ -31,7 +32,7 @@ class _Hook:
 # By the overload's name: torch forgets its OpOverload objects when a library of an op by the same name is freed, and
 # makes new ones.
 _hooks: dict[str, _Hook] = {}
-_lock = threading.Lock()
+_lock = freed_in_children(threading.Lock())
 # Releases come from finalizers, which garbage collection may run anywhere, also inside acquire().
 _releases: deque[tuple[OpOverload, ...]] = deque()
 

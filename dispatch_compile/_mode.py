@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,8 @@ from ._active import EVERY_OP, SELECTIVE, active
 from ._cache import NativeCache
 from ._config import CompileConfig
 from ._environment import trace_asked_for
+from ._explain import Explanation, explanation_of
+from ._fork import freed_in_children
 from ._intercept import kernel_of
 from ._ir import Op
 from ._opaque import opaque_overloads
@@ -85,7 +88,7 @@ class DispatchCompileMode(TorchDispatchMode):
         self._selects = _registry.selection(ops)
         self._polled: list[weakref.ref[Op]] = []
         self._caught: set[OpOverload] = set()
-        self._sync_lock = threading.Lock()
+        self._sync_lock = freed_in_children(threading.Lock())
         weakref.finalize(self, _hooks.release, self._caught)
         _modes.add(self)
         self._sync()
@@ -169,12 +172,32 @@ class DispatchCompileMode(TorchDispatchMode):
             raise ValueError(f"warmup: the mode does not catch {overload}; look at its ops= or register the op first")
         arguments = flatten(route.parameters, args, kwargs)
         calls = [(args, kwargs)] if tokens is None else [activations_with_tokens(arguments, n) for n in tokens]
-        watcher = DispatchCompileMode(ops=[overload], config=self.config, cache=self.cache, trace=True)
+        config = replace(self.config, background=False)  # the same code, but waited for
+        watcher = DispatchCompileMode(ops=[overload], config=config, cache=self.cache, trace=True)
         assert watcher.trace is not None
         with watcher:
             for call_args, call_kwargs in calls:
                 overload(*call_args, **call_kwargs)
         return watcher.trace.events
+
+    def explain(self, op: Any, /, *args: Any, **kwargs: Any) -> Explanation:
+        """What the mode would do with a call if it were made now on this thread, and why.
+
+        Nothing runs or is compiled, counted, cached or traced; an implementation that is not compiled yet is captured,
+        on fake tensors. The mode need not be entered. Other dispatch modes, which would see the call first, are taken
+        to hand it on as it is.
+
+        Args:
+            op: the IR op object, ``OpOverload``, ``OpOverloadPacket`` or ``"ns::name"``.
+            args, kwargs: the call's arguments.
+
+        Raises:
+            ValueError: no such op, or no IR op.
+            TypeError, RuntimeError: arguments that the op does not take.
+        """
+        overload = _registry.overload_of(op, "explain")
+        self._sync()
+        return explanation_of(self, overload, args, kwargs)
 
     def _outdated(self) -> bool:
         """Whether a source that does not say when its ops change has other ops than when they were last looked at."""

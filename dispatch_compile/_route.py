@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable
@@ -15,17 +14,18 @@ import torch
 from torch.profiler import record_function
 
 from . import _hooks
-from ._active import active, bodies_watched
+from ._active import bodies_watched
 from ._cache import Guarded, NativeCache, Table
 from ._capture import first_line
-from ._compilation import CannotCompile, Specialization, specialize
+from ._compilation import CannotCompile, Specialization
 from ._config import CompileConfig
 from ._difference import components_of
 from ._errors import CompileError, DispatchCompileWarning
 from ._ir import Impl, Op
+from ._making import Maker
 from ._profiler import in_profiler_range
 from ._specialization import MISS, Arguments, GuardedCall, Parameters, flatten, key_of, why_aside
-from ._torch_private import OpOverload, compile_lock, profiler
+from ._torch_private import OpOverload, profiler
 from ._trace import NATIVE, PASSED, TraceEvent
 
 _log = logging.getLogger("dispatch_compile")
@@ -51,6 +51,7 @@ class Route:
         self.counters = cache.counters_of(overload)
         self._name = overload.name().replace("::", ".")
         self.parameters = Parameters.of(overload, op.activations)
+        self._maker = Maker(overload, self.parameters, config, self.counters)
         self.last: tuple[Callable[[], Any], Table | None] = (_no_impl, None)
 
     def run(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: TraceEvent | None) -> Any:
@@ -75,7 +76,7 @@ class Route:
             except Exception as error:
                 return self._run_after_error(call, error)
             if result is not MISS:
-                return self._finish(call, entry.specialization, result, new=False)
+                return self._finish(call, entry.specialization, result)
         return self._run_unseen(call, op, impl)
 
     def _run_unseen(self, call: _Call, op: Op, impl: Impl) -> Any:
@@ -89,27 +90,25 @@ class Route:
         key = key_of(arguments)
         table = self.cache.table(op, impl, self.config)  # not the route's: the cache may have been cleared
         self.last = (weakref.ref(impl), table)
-        failure = None
-        with compile_lock():
-            specialization = table.find(key, call.args, call.kwargs)
-            new = specialization is None
-            if specialization is None:
-                if captures_cuda_graph(arguments):
-                    return self._run_natively(call, "not compiled yet, and a CUDA graph is being captured")
-                try:
-                    specialization = self._specialize(call, impl, table, arguments)
-                    table.add(key, specialization)
-                except CannotCompile as error:
-                    failure = error
-        if specialization is None:
-            assert failure is not None
-            return self._run_uncompilable(call, table, key, arguments, failure)
-        entry = table.add_guard(specialization, arguments)
+        found = table.find(key, call.args, call.kwargs)
+        if found is None:
+            if captures_cuda_graph(arguments):
+                return self._run_natively(call, "not compiled yet, and a CUDA graph is being captured")
+            made = self._maker.make(impl, table, key, arguments, call.event)
+            if isinstance(made, CannotCompile):
+                return self._run_uncompilable(call, table, key, arguments, made)
+            if isinstance(made, str):
+                result = self._run_natively(call, made)
+                if self._maker.is_full(table):
+                    self._warn_of_full(impl, table, arguments)
+                return result
+            found = made
+        entry = table.add_guard(key, found, arguments)
         try:
             result = self._guarded_call(entry)(call.args, call.kwargs)
         except Exception as error:
             return self._run_after_error(call, error)
-        return self._finish(call, specialization, result, new)
+        return self._finish(call, found, result)
 
     def _guarded_call(self, entry: Guarded) -> GuardedCall:
         """The call of a specialization; while a profiler is on, its code runs in a range of the op's name."""
@@ -118,32 +117,12 @@ class Route:
             return entry.call
         return in_profiler_range(entry.call, f"dispatch_compile::{self._name} {code.symbolic_shapes}")
 
-    def _specialize(self, call: _Call, impl: Impl, table: Table, arguments: Arguments) -> Specialization:
-        start = time.perf_counter_ns()
-        try:
-            with active.suspended():
-                made = specialize(self.overload, impl, arguments, self.config)
-        finally:
-            nanoseconds = time.perf_counter_ns() - start
-            if call.event is not None:
-                call.event.compile_start, call.event.compile_nanoseconds = start, nanoseconds
-        if made.code is not None:
-            self.counters.compiles += 1
-            why = table.difference(made)
-            shapes = made.code.symbolic_shapes
-            suffix = f": {why}" if why else ""
-            _log.info(
-                "compiled %s (%s) for %s in %.1f s%s", self.overload, impl.provider, shapes, nanoseconds * 1e-9, suffix
-            )
-            if call.event is not None:
-                call.event.difference = why
-        return made
-
-    def _finish(self, call: _Call, specialization: Specialization, result: Any, new: bool) -> Any:
+    def _finish(self, call: _Call, specialization: Specialization, result: Any) -> Any:
         """The end of a call whose specialization is known: ``result`` is what its guarded call gave."""
         if specialization.code is not None:
             self.counters.hits += 1
             if call.event is not None:
+                new = call.event.compile_start is not None
                 call.event.compiled(specialization.code.symbolic_shapes, new)
             return result
         reason = specialization.failure or ""
@@ -177,18 +156,25 @@ class Route:
         """The first call of a specialization that cannot be compiled."""
         result = call.redispatch()  # an error of the implementation itself comes out here, as in eager
         reason = str(failure)
-        specialization = Specialization(
-            code=None, components=components_of(arguments), failure=reason, fatal=self.config.on_failure == "raise"
-        )
-        table.add(key, specialization)
-        table.add_guard(specialization, arguments)
+        fatal = self.config.on_failure == "raise"
+        if table.find(key, call.args, call.kwargs) is None:  # another thread may have failed at the same time
+            specialization = Specialization(None, components_of(arguments), failure=reason, fatal=fatal)
+            table.add(key, specialization)
+            table.add_guard(key, specialization, arguments)
         self._note_fallback(call, reason)
-        if specialization.fatal:
+        if fatal:
             raise CompileError(reason) from failure.__cause__
-        if reason not in table.failures_warned_of:
-            table.failures_warned_of.add(reason)
-            _warn(f"{reason}; it runs natively")
+        _warn_once(table, reason, f"{reason}; it runs natively")
         return result
+
+    def _warn_of_full(self, impl: Impl, table: Table, arguments: Arguments) -> None:
+        _warn_once(
+            table,
+            "full",
+            f"{table.size} specializations of the {impl.provider!r} implementation of {self.overload.name()} are made, "
+            f"and new ones run natively from now on. The latest call differs from the nearest of them: "
+            f"{table.difference(Specialization(None, components_of(arguments)))}",
+        )
 
 
 @dataclass
@@ -208,6 +194,12 @@ class _Call:
     def note(self, action: str, reason: str) -> None:
         if self.event is not None:
             self.event.not_compiled(action, reason)
+
+
+def _warn_once(table: Table, reason: str, text: str) -> None:
+    if reason not in table.warned_of:
+        table.warned_of.add(reason)
+        _warn(text)
 
 
 def _warn(text: str) -> None:

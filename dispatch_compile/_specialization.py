@@ -135,11 +135,19 @@ def why_aside(arguments: Arguments) -> str | None:
     return None
 
 
-def _why_not_plain(tensor: torch.Tensor) -> str | None:
+def why_own_kind(tensor: torch.Tensor) -> str | None:
+    """Why the tensor's class, and not torch, decides what an op does with it; None if torch decides."""
     kind = type(tensor)
     overridden = kind.__torch_function__ is not torch._C._disabled_torch_function_impl
     if kind is not torch.Tensor and (overridden or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__):
         return f"is a {kind.__name__}"
+    return None
+
+
+def _why_not_plain(tensor: torch.Tensor) -> str | None:
+    own_kind = why_own_kind(tensor)
+    if own_kind is not None:
+        return own_kind
     if tensor.is_meta:
         return "is on the meta device"
     if tensor.layout is not torch.strided:
@@ -210,11 +218,15 @@ def layout_with(leaf: Leaf, tokens: Any) -> tuple[list[Any], list[Any]]:
     return size, stride
 
 
-def with_tokens(leaf: Leaf, tokens: int) -> torch.Tensor:
-    """A tensor of zeros that is laid out as a dynamic leaf would be with another number of tokens."""
+def with_tokens(leaf: Leaf, tokens: int, device: torch.device | None = None) -> torch.Tensor:
+    """A tensor of zeros that is all else that a dynamic leaf would be with another number of tokens, on its device or
+    another one."""
+    value = leaf.value
     size, stride = layout_with(leaf, tokens)
     length = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
-    return torch.zeros(length, dtype=leaf.value.dtype, device=leaf.value.device).as_strided(size, stride)
+    with torch.inference_mode(value.is_inference()):
+        fresh = torch.zeros(length, dtype=value.dtype, device=device or value.device).as_strided(size, stride)
+    return fresh.requires_grad_(value.requires_grad)
 
 
 def activations_with_tokens(arguments: Arguments, tokens: int) -> tuple[list[Any], dict[str, Any]]:
@@ -234,15 +246,23 @@ def activations_with_tokens(arguments: Arguments, tokens: int) -> tuple[list[Any
         if leaf.source not in activations:
             tensors.append(leaf.value)
             continue
-        with torch.inference_mode(leaf.value.is_inference()):
-            fresh = with_tokens(replace(leaf, dynamic=True), tokens)
-        tensors.append(fresh.requires_grad_(leaf.value.requires_grad))
+        tensors.append(with_tokens(replace(leaf, dynamic=True), tokens))
     return arguments.with_tensors(tensors)
+
+
+def of_zeros(parameters: Parameters, arguments: Arguments, devices: Sequence[torch.device]) -> Arguments:
+    """The same arguments with tensors of zeros, which are laid out as those given are, on these devices."""
+    tensors = [
+        with_tokens(leaf, leaf.value.size(0) if leaf.dynamic else 0, device)
+        for leaf, device in zip(arguments.tensors, devices, strict=True)
+    ]
+    args, kwargs = arguments.with_tensors(tensors)
+    return flatten(parameters, tuple(args), kwargs)
 
 
 MISS = object()
 
-# call(args, kwargs) -> result, or MISS
+# call(args, kwargs) -> result, or MISS. A generated one has its source text as its __doc__.
 GuardedCall = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 
 
@@ -300,6 +320,7 @@ def _generated(lines: list[str], scope: dict[str, Any]) -> GuardedCall:
     code = "\n    ".join(["def call(args, kwargs):", *lines])
     exec(compile(code, "<dispatch_compile guards>", "exec"), scope)
     call: GuardedCall = scope["call"]
+    call.__doc__ = code
     return call
 
 

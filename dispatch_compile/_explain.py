@@ -1,0 +1,312 @@
+"""What a mode would do with a call, told without doing it.
+
+The call is made, but only as far as the place where calls are caught. So the dispatcher has read the arguments, and the
+thread's state is that of a call. There the call is explained in place of being run, and an exception ends it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from textwrap import TextWrapper
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from torch import fx
+
+from . import _registry
+from ._active import EVERY_OP, active
+from ._cache import Table
+from ._capture import Captured, capture
+from ._compilation import CannotCompile, foresee
+from ._difference import argument_components, in_names, state_components
+from ._fork import compiling
+from ._ir import Impl, Op
+from ._making import Made, Maker
+from ._route import Route, captures_cuda_graph
+from ._specialization import Arguments, flatten, key_of, why_aside, why_own_kind
+from ._summary import summary_of, text_of
+from ._torch_private import OpOverload, decomposes, without_modes, without_version_counting
+from ._trace import COMPILED, NATIVE, PASSED
+
+if TYPE_CHECKING:
+    from ._mode import DispatchCompileMode
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a mode would do with a call of an IR op, and why; ``str()`` of it is what a person reads.
+
+    What follows ``new`` is empty or None where it would not run compiled; the code is None before it is compiled.
+
+    Attributes:
+        op: ``"ns::name.overload"``.
+        inputs: the arguments as the op would get them, as in a trace: ``t: bf16[8, 2048], 1e-06``.
+        provider: the provider that the op's dispatch chooses.
+        priority: the providers that dispatch tries, in this order; empty when no priority is set.
+        skipped: why not, by provider, of those before the chosen one and those that this machine does not support.
+        action: ``"compiled"``, ``"native"`` or ``"passed"``, as in :class:`TraceEvent`.
+        reason: why it would not run compiled; None if it would.
+        raises: whether the call would raise :class:`CompileError` with the reason.
+        specialization: sizes of the tensor arguments of the compiled code, ``[s0, 2048], [2048]``.
+        new: whether the call would have to make the specialization: it would be compiled first.
+        difference: in what a new specialization differs from the nearest that there is; None if it is the first.
+        arguments: what of the arguments is baked in, by name: ``{"x": "bf16", "x's shape": "[s0, 2048]", ...}``.
+        state: what of torch's state is baked in, by name: ``{"grad mode": "on", ...}``.
+        size_guard: what must hold of the dynamic sizes, ``2 <= x.size(0)``; None if nothing. Compiling may add to it.
+        guard: Python source of the check that lets later calls run the code at once: for arguments ``a0``, ``a1``, ...
+        graph: the ATen graph that is compiled, as Python source.
+        generated_code: the text of Inductor's code.
+        generated_code_path: the file that Inductor wrote it to.
+    """
+
+    op: str
+    inputs: str
+    provider: str
+    priority: tuple[str, ...]
+    skipped: Mapping[str, str]
+    action: str = PASSED
+    reason: str | None = None
+    raises: bool = False
+    specialization: str | None = None
+    new: bool = False
+    difference: str | None = None
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    state: Mapping[str, str] = field(default_factory=dict)
+    size_guard: str | None = None
+    guard: str | None = None
+    graph: str | None = None
+    generated_code: str | None = None
+    generated_code_path: str | None = None
+
+    def text(self, *, code: bool = False) -> str:
+        """The explanation for people; ``code``: with the text of the generated code."""
+        return "\n".join(self._lines(code))
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def _lines(self, code: bool) -> Iterator[str]:
+        yield f"{self.op.removesuffix('.default')}({self.inputs})"
+        yield f"would {self._decision()}"
+        yield f"implementation: {self.provider}, {self._why_chosen()}"
+        yield from (f"  not {provider}: {why}" for provider, why in self.skipped.items())
+        if self.action != COMPILED:
+            return
+        yield f"specialization: {self.specialization}{f'; {self.difference}' if self.difference else ''}"
+        yield from (f"  {line}" for line in self._baked_in())
+        yield f"  sizes: {self.size_guard or 'any'}"
+        yield from _section("guard", self.guard)
+        yield from _section("graph", self.graph)
+        yield f"generated code: {self._code_place()}"
+        if code and self.generated_code is not None:
+            yield self.generated_code
+
+    def _decision(self) -> str:
+        if self.action == COMPILED:
+            return "be compiled first, then run compiled" if self.new else "run compiled; the code is there"
+        if self.raises:
+            return f"raise CompileError: {self.reason}"
+        return f"{'run natively' if self.action == NATIVE else 'pass as without the mode'}: {self.reason}"
+
+    def _why_chosen(self) -> str:
+        if not self.priority:
+            return "since no priority is set"
+        tried = f"in the priority [{', '.join(self.priority)}]"
+        if self.provider not in self.priority:
+            return f"since none {tried} supports the arguments"
+        return f"the first {tried} that supports the arguments"
+
+    def _baked_in(self) -> Iterator[str]:
+        """The key, a line for each argument."""
+        lines: dict[str, str] = {}
+        for name, text in self.arguments.items():
+            argument, _, aspect = name.partition("'s ")
+            lines[argument] = f"{lines[argument]}, {aspect} {text}" if aspect else f"{argument}: {text}"
+        yield from lines.values()
+        told = ", ".join(f"{name} {self.state[name]}" for name in ("inference mode", "grad mode"))
+        yield f"{told}, and the rest of torch's global state"
+
+    def _code_place(self) -> str:
+        if self.new:
+            return "none before it is compiled"
+        return self.generated_code_path or "none"
+
+
+def _section(title: str, source: str | None) -> Iterator[str]:
+    if source is not None:
+        yield f"{title}:"
+        yield from (wrapped for line in source.splitlines() for wrapped in _CODE.wrap(line))
+
+
+_CODE = TextWrapper(
+    width=120, initial_indent="  ", subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
+)
+
+
+def explanation_of(
+    mode: DispatchCompileMode, overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Explanation:
+    """What a mode, which knows of the latest ops, would do with a call made now on this thread.
+
+    Raises:
+        ValueError: ``overload`` is no IR op's.
+        Exception: whatever the dispatcher raises on malformed arguments, or the op's own dispatch.
+    """
+    route = mode.routes.get(overload.name())
+    op = _op_of(overload) if route is None else route.op()
+    if op is None:
+        raise ValueError(
+            f"explain: {overload} is no IR op; give it a reference implementation with dispatch_compile.register_native"
+        )
+    reason = "the mode's ops= leaves it out" if route is None else _why_not_caught(overload, route, args, kwargs)
+    if route is not None and reason is None:
+        explaining = _ExplainingRoute(op, overload, route.config, route.cache)
+        explanation = _explained_where_caught(mode, explaining, args, kwargs)
+        if explanation is not None:
+            return explanation
+        reason = "a kernel of its own deals with it before it gets to where calls are caught"
+    return _passed(op, op.dispatch(*args, **kwargs), overload, args, kwargs, reason)
+
+
+def _explained_where_caught(
+    mode: DispatchCompileMode, explaining: _ExplainingRoute, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Explanation | None:
+    overload = explaining.overload
+    on_stack = mode.on_torchs_stack() if mode.interception == EVERY_OP else nullcontext()
+    try:
+        with active.suspended(), without_modes(), on_stack, without_version_counting():
+            active.push(cast("DispatchCompileMode", _StandIn({overload.name(): explaining})))
+            overload(*args, **kwargs)
+    except _Explained:
+        pass
+    return explaining.explanation
+
+
+def _op_of(overload: OpOverload) -> Op | None:
+    for op in _registry.known_ops():
+        if any(known.name() == overload.name() for known in _registry.overloads(op)):
+            return op
+    return None
+
+
+def _why_not_caught(overload: OpOverload, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Why the call would run something else than the op before it could be caught; None if it would not."""
+    if decomposes(overload):
+        return "it decomposes before it gets to where calls are caught"
+    known = args[: len(route.parameters.names)]  # of more, the dispatcher complains
+    for leaf in flatten(route.parameters, known, kwargs).tensors:
+        why = why_own_kind(leaf.value)
+        if why is not None:
+            return f"{leaf.name} {why}"
+    return None
+
+
+class _Explained(BaseException):
+    """Ends the call. No Exception, lest code on the way takes it for a failure that it can deal with."""
+
+
+@dataclass
+class _StandIn:
+    """As much of a mode as is looked at while the call is on its way."""
+
+    routes: dict[str, Route]
+    trace: None = None
+
+
+class _ExplainingRoute(Route):
+    """Explains the call that it is to run, and ends it."""
+
+    explanation: Explanation | None = None
+
+    def run(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: object) -> NoReturn:
+        op = self.op()
+        assert op is not None, "explanation_of() holds it"
+        with active.suspended():
+            self.explanation = self._explained(op, args, kwargs)
+        raise _Explained
+
+    def _explained(self, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Explanation:
+        impl = op.dispatch(*args, **kwargs)
+        passed = _passed(op, impl, self.overload, args, kwargs, None)
+        if impl.provider not in self.config.providers:
+            return replace(passed, reason=f"provider {impl.provider!r} is not in providers {self.config.providers}")
+        arguments = flatten(self.parameters, args, kwargs)
+        reason = why_aside(arguments)
+        if reason is not None:
+            return replace(passed, reason=reason)
+        return self._not_passed(passed, impl, arguments)
+
+    def _not_passed(self, passed: Explanation, impl: Impl, arguments: Arguments) -> Explanation:
+        """The explanation of a call that the mode does not let pass."""
+        native = replace(passed, action=NATIVE)
+        table = self.cache.existing_table(impl, self.config) or Table()
+        key = key_of(arguments)
+        known = table.find(key, arguments.args, arguments.kwargs)
+        if known is None and captures_cuda_graph(arguments):
+            return replace(native, reason="not compiled yet, and a CUDA graph is being captured")
+        foreseer = _Foreseer(self.overload, self.parameters, replace(self.config, background=False), self.counters)
+        made = known or foreseer.make(impl, table, key, arguments, None)
+        if isinstance(made, str):
+            return replace(native, reason=made)
+        if known is None and self.config.background:
+            return replace(native, reason="is being compiled in the background")
+        if isinstance(made, CannotCompile):
+            return replace(native, reason=str(made), raises=self.config.on_failure == "raise")
+        if made.code is None:
+            return replace(native, reason=made.failure, raises=made.fatal)
+        return replace(
+            passed,
+            action=COMPILED,
+            specialization=made.code.symbolic_shapes,
+            new=known is None,
+            difference=table.difference(made) if known is None else None,
+            arguments=argument_components(arguments),
+            state=state_components(),
+            size_guard=made.guard,
+            guard=made.guarded_call(arguments).__doc__,
+            graph=_graph_in_names(capture(impl.func_impl_fn, arguments)),
+            generated_code=made.code.source,
+            generated_code_path=made.code.path,
+        )
+
+
+class _Foreseer(Maker):
+    """Tells what it would make, and makes nothing."""
+
+    def make_now(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: object) -> Made:
+        try:
+            with compiling():
+                return foresee(self.overload, impl, arguments)
+        except CannotCompile as error:
+            return error
+
+
+def _passed(
+    op: Op, impl: Impl, overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str | None
+) -> Explanation:
+    """The explanation of a call that passes."""
+    inputs = [text_of(summary_of(value)) for value in args]
+    inputs += [f"{name}={text_of(summary_of(value))}" for name, value in kwargs.items()]
+    # An op of another library with a reference implementation has that one alone, and no priority.
+    priority = tuple(getattr(op, "get_priority", list)())
+    impls: Mapping[str, Any] = getattr(op, "impls", {})
+    before = priority[: priority.index(impl.provider)] if impl.provider in priority else priority
+    skipped = dict.fromkeys(before, "its supports_args says no")
+    if priority:
+        skipped.update({name: "not supported on this machine" for name, other in impls.items() if not other.supported})
+    name = f"{overload._schema.name}.{overload._overloadname}"
+    return Explanation(name, ", ".join(inputs), impl.provider, priority, skipped, reason=reason)
+
+
+def _graph_in_names(captured: Captured) -> str:
+    """The graph as source, its inputs with the parameters' names: ``x_size_0, x, weight`` for ``x.size(0)``, ..."""
+    sources = [in_names(source, captured.arguments) or source for source in captured.input_sources]
+    names = (re.sub(r"\W+", "_", source).strip("_") for source in sources)
+    graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in captured.graph.graph.nodes:
+        is_input = node.op == "placeholder"
+        nodes[node] = graph.placeholder(next(names)) if is_input else graph.node_copy(node, nodes.__getitem__)
+    code = str(fx.GraphModule(captured.graph, graph).code).strip()
+    return re.sub(r";  [\w =]+ = None$", "", code, flags=re.MULTILINE)  # where each value is last used

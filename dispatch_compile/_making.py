@@ -1,0 +1,140 @@
+"""Where specializations come from: each is made once, by the call that needs it or in the background, or not at all."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from . import _background
+from ._active import active
+from ._background import ThreadState
+from ._cache import Table
+from ._compilation import CannotCompile, Specialization, specialize
+from ._config import NO_EVICTION, CompileConfig
+from ._counters import OpCounters
+from ._fork import compiler_was_interrupted, compiling
+from ._ir import Impl
+from ._specialization import Arguments, Parameters, key_of, of_zeros
+from ._torch_private import OpOverload
+from ._trace import TraceEvent
+
+_log = logging.getLogger("dispatch_compile")
+
+# A specialization, or the error for which it cannot be made, or the reason why it is not made now.
+Made = Specialization | CannotCompile | str
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the specializations of one overload under one configuration."""
+
+    overload: OpOverload
+    parameters: Parameters
+    config: CompileConfig
+    counters: OpCounters
+
+    def make(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None) -> Made:
+        """What a call gets whose specialization is not in the table. It is there afterwards, if it could be made."""
+        if compiler_was_interrupted():
+            return "the process was forked while another thread compiled"
+        if self.is_full(table):
+            return self._full
+        if self.config.background:
+            failure = _background.ask(table, key, lambda: _Job.of(self, impl, table, key, arguments))
+            return failure or "is being compiled in the background"
+        return self.make_now(impl, table, key, arguments, event)
+
+    def make_now(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None) -> Made:
+        """The same on this thread, when no other is compiling; perhaps another has made it by then."""
+        try:
+            with compiling():
+                made = table.find(key, arguments.args, arguments.kwargs)
+                if made is not None:
+                    return made
+                if self.is_full(table):
+                    return self._full
+                if self.config.eviction != NO_EVICTION:
+                    table.make_room(self.config.max_specializations)
+                return self._specialize(impl, table, key, arguments, event)
+        except CannotCompile as error:
+            return error
+
+    def is_full(self, table: Table) -> bool:
+        """Whether a table has all the specializations that it may have."""
+        return self.config.eviction == NO_EVICTION and table.size >= self.config.max_specializations
+
+    @property
+    def _full(self) -> str:
+        return f"there may be no more than {self.config.max_specializations} specializations (max_specializations)"
+
+    def _specialize(
+        self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None
+    ) -> Specialization:
+        start = time.perf_counter_ns()
+        try:
+            with active.suspended():
+                made = specialize(self.overload, impl, arguments, self.config)
+        finally:
+            nanoseconds = time.perf_counter_ns() - start
+            if event is not None:
+                event.compile_start, event.compile_nanoseconds = start, nanoseconds
+        difference = table.difference(made)
+        table.add(key, made)
+        if made.code is not None:
+            self.counters.compiles += 1
+            shapes = made.code.symbolic_shapes
+            suffix = f": {difference}" if difference else ""
+            _log.info(
+                "compiled %s (%s) for %s in %.1f s%s", self.overload, impl.provider, shapes, nanoseconds * 1e-9, suffix
+            )
+            if event is not None:
+                event.difference = difference
+        return made
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Making a specialization for a call that is over by then: no tensor of the call's is kept, nor is the
+    implementation."""
+
+    maker: Maker
+    impl: weakref.ref[Impl]
+    table: Table
+    key: Hashable
+    layouts: Arguments  # tensors on the meta device
+    devices: list[torch.device]  # where they are to be
+    state: ThreadState
+
+    @staticmethod
+    def of(maker: Maker, impl: Impl, table: Table, key: Hashable, arguments: Arguments) -> _Job:
+        devices = [leaf.value.device for leaf in arguments.tensors]
+        layouts = of_zeros(maker.parameters, arguments, [torch.device("meta")] * len(devices))
+        state = ThreadState.now(cuda=any(device.type == "cuda" for device in devices))
+        return _Job(maker, weakref.ref(impl), table, key, layouts, devices, state)
+
+    def __call__(self) -> CannotCompile | str | None:
+        """Why there is no specialization, for the next call that needs it; None if there is one or nobody needs it."""
+        impl = self.impl()
+        if impl is None or self.table.dropped:
+            return None
+        try:
+            made = self.state.run(lambda: self._make(impl))
+        except BaseException as error:  # whatever it is, it must not end the thread that other work waits for
+            made = CannotCompile(f"{self.maker.overload.name()} cannot be compiled: {error!r}")
+            made.__cause__ = error
+        if isinstance(made, CannotCompile):
+            # Its traceback refers to the implementation, which the table must not keep alive.
+            _log.info("in the background: %s", made, exc_info=made)
+            return CannotCompile(str(made))
+        return made if isinstance(made, str) else None
+
+    def _make(self, impl: Impl) -> Made:
+        arguments = of_zeros(self.maker.parameters, self.layouts, self.devices)
+        if key_of(arguments) != self.key:
+            return "not compiled in the background, where torch's settings are others than in the call"
+        return self.maker.make_now(impl, self.table, self.key, arguments, None)
