@@ -51,7 +51,7 @@ def opaque_ops() -> Iterator[OpaqueOps]:
 
 @pytest.fixture(scope="module")
 def cache() -> dc.NativeCache:
-    """One for all tests here: what is compiled in one surrounding must not serve in another where it is wrong."""
+    """One for all tests here: compiling in each would take most of their time."""
     return dc.NativeCache()
 
 
@@ -324,6 +324,8 @@ def test_a_call_is_as_without_the_mode(surrounded_by, name, opaque_ops, cache):
     surrounding = SURROUNDINGS[surrounded_by]
     for place, dtype in CALLS_IN:
         call, args = opaque_ops.call(name, place), SHIPPED[name].make_args(dtype)
+        with dc.DispatchCompileMode(config=EAGER, cache=cache):
+            call(*args)  # what is compiled for this must not serve where it is wrong
         assert_as_without_the_mode(surrounding, call, args, surrounding.does_in(place), [cache] * len(WAYS))
 
 

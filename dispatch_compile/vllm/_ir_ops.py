@@ -1,0 +1,39 @@
+"""vLLM's IR ops, found when vLLM is imported."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from .._ir import Op
+from ._required import missing, required
+
+_PURPOSE = "run vLLM's IR ops compiled"
+
+
+def ir_ops() -> list[Op]:
+    """The ops in ``vllm.ir``'s registry; none while vLLM is not imported.
+
+    Raises:
+        RuntimeError: this vLLM's ops lack an attribute that the package reads.
+    """
+    module = sys.modules.get("vllm.ir.op")
+    if module is None or getattr(module.__spec__, "_initializing", False):
+        return []
+    ops = list(required(required(module, "IrOp", _PURPOSE), "registry", _PURPOSE).values())
+    try:
+        for op in ops:
+            _read(op)
+    except AttributeError as error:
+        raise missing(error.obj, str(error.name), _PURPOSE) from None
+    return ops
+
+
+def _read(op: Any) -> None:
+    """Read what the rest of the package reads of an op. This happens whenever a mode is entered, so it is plain."""
+    _ = op.torch_op, op.activations, op.dispatch
+    inplace = getattr(op, "maybe_inplace", None)
+    if inplace is not None:
+        _ = inplace.torch_op
+    for impl in getattr(op, "impls", {}).values():
+        _ = impl.provider, impl.func_impl_fn
