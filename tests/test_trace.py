@@ -235,7 +235,9 @@ dispatch_compile::trace_scale     16        16       0       0                6"
 
 
 def test_summary_of_nothing(tracing):
-    assert_expected_inline(tracing.trace.summary(seconds=False), """op  calls  compiled  native  passed  specializations""")  # noqa: E501
+    assert_expected_inline(
+        tracing.trace.summary(seconds=False), """op  calls  compiled  native  passed  specializations"""
+    )
 
 
 def test_the_same_text_on_every_run(layer):
