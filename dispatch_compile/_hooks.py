@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch.library import Library
+from torch.library import Library, get_kernel
 
 from ._fork import freed_in_children
 from ._torch_private import BELOW_BACKEND_SELECT, OpOverload, has_kernel
@@ -27,12 +27,16 @@ class _Hook:
         self.users = 0
         self.library = Library(overload.namespace, "IMPL")
         self.library.impl(overload.name().partition("::")[2], kernel, "BackendSelect", with_keyset=True)
+        self.kernel = get_kernel(overload, "BackendSelect")
 
 
 # By the overload's name: torch forgets its OpOverload objects when a library of an op by the same name is freed, and
 # makes new ones.
 _hooks: dict[str, _Hook] = {}
 _lock = freed_in_children(threading.Lock())
+# The kernels that were taken away last. torch frees a kernel with its registration, also while a call on another
+# thread, which waits for the interpreter's lock, is on its way into it; it then runs whatever came to stand there.
+_left: deque[object] = deque(maxlen=4096)
 # Releases come from finalizers, which garbage collection may run anywhere, also inside acquire().
 _releases: deque[tuple[OpOverload, ...]] = deque()
 
@@ -84,6 +88,7 @@ def _work_off_releases() -> None:
                     hook.users -= 1
                     if not hook.users:
                         del _hooks[name]
+                        _left.append(hook.kernel)
                         hook.library._destroy()
         finally:
             _lock.release()
