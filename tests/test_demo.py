@@ -50,14 +50,14 @@ dispatch_compile_demo::mla_decode(t: bf16[1, 128, 512], t: bf16[1, 128, 64], t: 
   dispatch_compile::rms_norm(t: bf16[1, 512], t: bf16[512], 1e-06)  ->  t: bf16[1, 512]  # compiled, new: [1, 512], [512]
   dispatch_compile::concat_quant_fp8(t: bf16[1, 128, 512], t: bf16[1, 128, 64], t: f32[1])  ->  t: f8e4m3fn[1, 128, 576]  # compiled, new: [1, 128, 512], [1, 128, 64], [1]
 dispatch_compile_demo::mla_decode(t: bf16[8, 128, 512], t: bf16[8, 128, 64], t: f32[1], t: bf16[8, 512], t: bf16[8, 64], t: bf16[512], t: f32[8, 64, 576], 'dispatch_compile')  ->  t: bf16[8, 128, 512]
-  dispatch_compile::rms_norm(t: bf16[8, 512], t: bf16[512], 1e-06)  ->  t: bf16[8, 512]  # compiled, new: [s0, 512], [512]
-  dispatch_compile::concat_quant_fp8(t: bf16[8, 128, 512], t: bf16[8, 128, 64], t: f32[1])  ->  t: f8e4m3fn[8, 128, 576]  # compiled, new: [s0, 128, 512], [s0, 128, 64], [1]""",  # noqa: E501
+  dispatch_compile::rms_norm(t: bf16[8, 512], t: bf16[512], 1e-06)  ->  t: bf16[8, 512]  # compiled, new: [s0, 512], [512]; x's shape is [s0, 512], was [1, 512]
+  dispatch_compile::concat_quant_fp8(t: bf16[8, 128, 512], t: bf16[8, 128, 64], t: f32[1])  ->  t: f8e4m3fn[8, 128, 576]  # compiled, new: [s0, 128, 512], [s0, 128, 64], [1]; x_latent's shape is [s0, 128, 512], was [1, 128, 512]; x_rope's shape is [s0, 128, 64], was [1, 128, 64]""",  # noqa: E501
     )
 
 
 def test_summary(checked: run.Checked) -> None:
     assert_expected_inline(
-        checked.trace.summary(),
+        checked.trace.summary(seconds=False),
         """\
 op                                     calls  compiled  native  passed  specializations
 dispatch_compile::concat_quant_fp8         2         2       0       0                2
