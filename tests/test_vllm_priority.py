@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
+pytest.importorskip("vllm", reason="needs the real vLLM")
+
 import torch
 import vllm.ir
 from support import EAGER

@@ -11,6 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+pytest.importorskip("vllm", reason="needs the real vLLM")
+
 import torch
 import vllm.ir
 from support import EAGER

@@ -8,6 +8,9 @@ as Python: once for each capture, and on every call that is not compiled.
 from __future__ import annotations
 
 import pytest
+
+pytest.importorskip("vllm", reason="needs the real vLLM")
+
 import torch
 import vllm.ir
 from support import EAGER

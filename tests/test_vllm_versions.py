@@ -6,6 +6,9 @@ import sys
 import types
 
 import pytest
+
+pytest.importorskip("vllm", reason="needs the real vLLM")
+
 import torch
 import vllm
 import vllm.ir.op
