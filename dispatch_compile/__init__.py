@@ -11,9 +11,11 @@ from ._explain import Explanation
 from ._ir import IrOp, IrOpImpl, register_op
 from ._mode import DispatchCompileMode
 from ._registry import register_native
+from ._saved_file import ArtifactError
 from ._trace import OpCall, Trace, TraceEvent
 
 __all__ = [
+    "ArtifactError",
     "CacheStats",
     "CompileConfig",
     "CompileError",

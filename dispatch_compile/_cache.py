@@ -7,20 +7,26 @@ code with it.
 from __future__ import annotations
 
 import gc
+import logging
+import os
 import threading
 import weakref
-from collections.abc import Callable, Container, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from . import _background, _registry
+from ._artifacts import Artifact, Artifacts, folder_from_environment, read, write
 from ._compilation import Specialization
 from ._config import CompileConfig
 from ._counters import KINDS, CountersByOp, OpCounters, count_for
 from ._difference import difference
 from ._fork import freed_in_children
+from ._origin import CannotSave
 from ._specialization import Arguments, GuardedCall
 from ._torch_private import OpOverload
+
+_log = logging.getLogger("dispatch_compile")
 
 # How many exact guards are kept in front of a table's keys. Beyond it the oldest goes, and comes back when needed.
 _GUARDED_LIMIT = 64
@@ -38,12 +44,14 @@ class CacheStats:
         hits: calls that ran compiled code, a specialization's first call included.
         fallbacks: calls that ran natively because there is no compiled code for them.
         asides: calls that passed because of their arguments or the thread's state (autograd, subclasses, ...).
+        loads: specializations whose code was saved before, and was loaded.
     """
 
     compiles: int
     hits: int
     fallbacks: int
     asides: int
+    loads: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +84,11 @@ class Table:
     def size(self) -> int:
         """How many specializations there are."""
         return sum(len(several) for several in list(self._by_key.values()))
+
+    def specializations(self) -> list[tuple[Hashable, Specialization]]:
+        """All of them, each with its key."""
+        with _lock:
+            return [(key, one) for key, several in self._by_key.items() for one in several]
 
     def find(self, key: Hashable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Specialization | None:
         """The specialization for a key whose guards on the dynamic sizes hold for these arguments."""
@@ -150,12 +163,17 @@ class NativeCache:
     ``len(cache)`` is the number of implementations alive in it. Code compiled under one configuration is never
     used under another. Code is freed with its implementation, which the cache does not keep alive, and at the next
     full garbage collection after its op has left its registry.
+
+    Code that another process compiled is loaded instead of being compiled again: from the file of :meth:`load`, and
+    from the folder that the environment variable ``DISPATCH_COMPILE_CACHE_DIR`` names, where code that is compiled is
+    kept as well. It must have been made of the same implementation with the same settings, on such a machine.
     """
 
     def __init__(self) -> None:
         self._counters: CountersByOp = {}
         count_for(self, self._counters)
         self._entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
+        self.artifacts = Artifacts(folder=folder_from_environment())
         _caches.add(self)
 
     def __len__(self) -> int:
@@ -176,8 +194,42 @@ class NativeCache:
             return None if entry is None else entry.tables.get(config)
 
     def clear(self) -> None:
-        """Drop all compiled code; the next calls compile again. The counts go on."""
+        """Drop all compiled code; the next calls compile again, or load what was saved. The counts go on."""
         self._drop(lambda entry: True)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file of the compiled code, with what was loaded and not used yet; :meth:`load` reads it.
+
+        Code is left out, and a warning logged, if another process could not tell whether it may use it, or not run it.
+
+        Raises:
+            OSError: the file cannot be written; what was there is still there.
+        """
+        with _lock:
+            entries = list(self._entries.items())
+        artifacts = {artifact.identity: artifact for artifact in self.artifacts}
+        for impl, entry in entries:
+            for artifact in _artifacts_of(impl, entry):
+                artifacts[artifact.identity] = artifact
+        write(path, artifacts.values())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, trust: bool = False) -> NativeCache:
+        """A cache that has, instead of compiling it, the code in a file that :meth:`save` wrote.
+
+        What is in the file runs with all rights of this process.
+
+        Args:
+            path: of the file.
+            trust: load it even if other users could have written the file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ArtifactError: it holds no saved code, or is damaged, or other users could have written it.
+        """
+        cache = cls()
+        cache.artifacts = Artifacts(read(path, trust=trust), folder_from_environment())
+        return cache
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the code that calls so far need is compiled, where it is compiled in the background.
@@ -217,6 +269,19 @@ class NativeCache:
 
     def __repr__(self) -> str:
         return f"NativeCache({len(self)} implementations, {self.stats()})"
+
+
+def _artifacts_of(impl: Any, entry: _Entry) -> Iterator[Artifact]:
+    for table in list(entry.tables.values()):
+        for key, specialization in table.specializations():
+            code = specialization.code
+            if code is None:
+                continue
+            try:
+                yield Artifact.of(specialization.origin, key, code)
+            except CannotSave as reason:
+                what = f"the {impl.provider!r} implementation of {entry.op()!r} for {code.symbolic_shapes}"
+                _log.warning("code of %s is not saved: %s", what, reason)
 
 
 _caches: weakref.WeakSet[NativeCache] = weakref.WeakSet()

@@ -15,8 +15,10 @@ from ._config import CompileConfig
 from ._difference import Components, components_of, in_names
 from ._inductor_options import options_for
 from ._ir import Impl
+from ._origin import Origin
+from ._programs import Program, Run
 from ._specialization import Arguments, GuardedCall, guarded, with_tokens, within_shapes
-from ._torch_private import InductorCode, OpOverload, inductor_compile, lookup_backend, shape_guard_names
+from ._torch_private import InductorCode, OpOverload, guard_functions, inductor_compile, lookup_backend
 
 # The number of tokens that code is tuned for. Taken from the first call, it would depend on which call comes first,
 # and code tuned for a few tokens is slow at many: on a CPU it runs on one core, and on an H100 silu_and_mul took
@@ -31,9 +33,6 @@ class CannotCompile(Exception):
     """No code could be made; the message names op, implementation and cause."""
 
 
-Run = Callable[[list[Any]], Sequence[torch.Tensor]]
-
-
 @dataclass(frozen=True)
 class Code:
     """Compiled code for one specialization."""
@@ -44,7 +43,7 @@ class Code:
     shape_guard: str | None  # what must hold of the dynamic sizes
     result: str  # expression that makes the op's result of `{}`, the list of output tensors
     symbolic_shapes: str
-    owner: object = None  # what takes the code apart when it is freed
+    owner: object = None  # what takes the code apart when it is freed, or of which it can be made again
     path: str | None = None  # the file that the backend wrote `source` to
 
 
@@ -62,6 +61,15 @@ class Specialization:
     fatal: bool = False  # whether calls raise the failure
     # The guards on the dynamic sizes, for arguments of the right key.
     admits: GuardedCall = lambda args, kwargs: True
+    origin: Origin | str = "there is no code"  # what the code was made of, or why that cannot be told
+
+    @staticmethod
+    def of(code: Code, arguments: Arguments, origin: Origin | str) -> Specialization:
+        """The specialization of such arguments, for which there is code."""
+        functions = guard_functions(code.shape_guard)
+        admits = within_shapes(arguments, code.shape_guard, "True", functions)
+        guard = in_names(code.shape_guard, arguments)
+        return Specialization(code, components_of(arguments), guard, admits=admits, origin=origin)
 
     def guarded_call(self, arguments: Arguments) -> GuardedCall:
         """``call(args, kwargs)`` that runs the code for arguments like these, and gives MISS for any other.
@@ -70,30 +78,30 @@ class Specialization:
         """
         if self.code is None:
             return guarded(arguments, None, "None", {})
-        names = {**shape_guard_names(), "run": self.code.run}
+        names = {**guard_functions(self.code.shape_guard), "run": self.code.run}
         return guarded(arguments, self.code.shape_guard, self.code.result.format(self.code.call), names)
 
 
-def specialize(overload: OpOverload, impl: Impl, arguments: Arguments, config: CompileConfig) -> Specialization:
+def specialize(
+    overload: OpOverload, impl: Impl, arguments: Arguments, config: CompileConfig, origin: Origin | str
+) -> Specialization:
     """Compile an implementation for a call's arguments.
 
     Raises:
         CannotCompile: it cannot be captured, or the backend failed.
     """
-    components = components_of(arguments)
     try:
         code = _code_for(impl.func_impl_fn, arguments, config)
         _check_results(code, impl.func_impl_fn, arguments)
     except StepAside as reason:
-        return Specialization(None, components, failure=str(reason))
+        return Specialization(None, components_of(arguments), failure=str(reason))
     except CannotCapture as error:
         raise _not_captured(overload, impl, error) from error.__cause__
     except Exception as error:
         raise CannotCompile(
             f"{_what(overload, impl)} cannot be compiled with {config.backend!r}: {first_line(error)}"
         ) from error
-    admits = within_shapes(arguments, code.shape_guard, "True", shape_guard_names())
-    return Specialization(code, components, in_names(code.shape_guard, arguments), admits=admits)
+    return Specialization.of(code, arguments, origin)
 
 
 def foresee(overload: OpOverload, impl: Impl, arguments: Arguments) -> Specialization:
@@ -131,7 +139,8 @@ def _code_for(fn: Callable[..., Any], arguments: Arguments, config: CompileConfi
 
 
 def _admits(captured: Captured, arguments: Arguments) -> bool:
-    check = within_shapes(arguments, captured.guards(), "True", shape_guard_names())
+    guards = captured.guards()
+    check = within_shapes(arguments, guards, "True", guard_functions(guards))
     return bool(check(arguments.args, arguments.kwargs))
 
 
@@ -158,7 +167,8 @@ def _check_results(code: Code, fn: Callable[..., Any], arguments: Arguments) -> 
 
 def _within_shapes(code: Code, arguments: Arguments) -> GuardedCall:
     """``call(args, kwargs)``: the code's output tensors for arguments with the same key, None where it must not run."""
-    return within_shapes(arguments, code.shape_guard, code.call, {**shape_guard_names(), "run": code.run})
+    names = {**guard_functions(code.shape_guard), "run": code.run}
+    return within_shapes(arguments, code.shape_guard, code.call, names)
 
 
 def _not_captured(overload: OpOverload, impl: Impl, error: CannotCapture) -> CannotCompile:
@@ -170,9 +180,10 @@ def _what(overload: OpOverload, impl: Impl) -> str:
 
 
 def _compile(captured: Captured, config: CompileConfig) -> Code:
-    owner = None
+    owner: InductorCode | Program | None = None
     if all(_is_known_to_be_empty(output) for output in captured.outputs):
-        run = _run_of_nothing(captured.outputs)
+        owner = _program_of_nothing(captured.outputs)
+        run = owner.load()
     elif config.backend == "inductor":
         owner = inductor_compile(captured.graph, captured.inputs, {**options_for(captured), **config.options})
         run = owner.run
@@ -183,16 +194,17 @@ def _compile(captured: Captured, config: CompileConfig) -> Code:
     return _code(captured, captured.guards(), run, owner)
 
 
-def _code(captured: Captured, guards: str | None, run: Run, owner: InductorCode | None = None) -> Code:
+def _code(captured: Captured, guards: str | None, run: Run, owner: InductorCode | Program | None = None) -> Code:
+    generated = owner if isinstance(owner, InductorCode) else None
     return Code(
         run=run,
         call=f"run([{', '.join(captured.input_sources)}])",
-        source=None if owner is None else owner.source,
+        source=None if generated is None else generated.source,
         shape_guard=guards,
         result=captured.result,
         symbolic_shapes=captured.symbolic_shapes(),
         owner=owner,
-        path=None if owner is None else owner.path,
+        path=None if generated is None else generated.path,
     )
 
 
@@ -200,16 +212,11 @@ def _is_known_to_be_empty(output: torch.Tensor) -> bool:
     return 0 in output.shape and all(isinstance(dim, int) for dim in (*output.shape, *output.stride()))
 
 
-def _run_of_nothing(outputs: list[torch.Tensor]) -> Run:
+def _program_of_nothing(outputs: list[torch.Tensor]) -> Program:
     """Results without elements need no kernel, and Inductor gives some of them other strides than eager."""
-    layouts = [(tuple(o.shape), o.stride(), o.dtype, o.device) for o in outputs]
-
-    def run(inputs: list[Any]) -> list[torch.Tensor]:
-        return [
-            torch.empty_strided(size, stride, dtype=dtype, device=device) for size, stride, dtype, device in layouts
-        ]
-
-    return run
+    empty = "torch.empty_strided({}, {}, dtype={}, device={!r})".format
+    results = [empty(tuple(o.shape), o.stride(), o.dtype, str(o.device)) for o in outputs]
+    return Program(f"import torch\ndef call(inputs): return [{', '.join(results)}]")
 
 
 def _run_of_backend(compiled: Callable[..., Any]) -> Run:

@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from typing import Any
 
-KINDS = ("compiles", "hits", "fallbacks", "asides")
+KINDS = ("compiles", "hits", "fallbacks", "asides", "loads")
 
 
 class OpCounters:
@@ -18,11 +18,12 @@ class OpCounters:
         hits: calls that ran compiled code, a specialization's first call included.
         fallbacks: calls that ran natively because there is no compiled code for them.
         asides: calls that passed because of their arguments or the thread's state.
+        loads: specializations whose code was saved before, and was loaded.
         reasons: how often which reason kept a call from running compiled.
     """
 
     def __init__(self) -> None:
-        self.compiles = self.hits = self.fallbacks = self.asides = 0
+        self.compiles = self.hits = self.fallbacks = self.asides = self.loads = 0
         self.reasons: Counter[str] = Counter()
 
     def fell_back(self, reason: str) -> None:
@@ -59,9 +60,9 @@ def counters() -> dict[str, Counter[str]]:
     """What became of the calls of IR ops in this process, in all modes and threads.
 
     Returns:
-        A snapshot, in the manner of ``torch._dynamo.utils.counters``: ``"compiles"``, ``"hits"``, ``"fallbacks"`` and
-        ``"asides"`` count by op (``"ns::name.overload"``; see :class:`CacheStats` for what they count), and
-        ``"reasons"`` counts why calls did not run compiled.
+        A snapshot, in the manner of ``torch._dynamo.utils.counters``: ``"compiles"``, ``"hits"``, ``"fallbacks"``,
+        ``"asides"`` and ``"loads"`` count by op (``"ns::name.overload"``; see :class:`CacheStats` for what they count),
+        and ``"reasons"`` counts why calls did not run compiled.
     """
     totals = {name: Counter(counts) for name, counts in _of_the_dead.items()}
     for by_op in list(_living.values()):

@@ -19,11 +19,12 @@ from . import _registry
 from ._active import EVERY_OP, active
 from ._cache import Table
 from ._capture import Captured, capture
-from ._compilation import CannotCompile, foresee
+from ._compilation import CannotCompile, Specialization, foresee
 from ._difference import argument_components, in_names, state_components
 from ._fork import compiling
 from ._ir import Impl, Op
 from ._making import Made, Maker
+from ._origin import Origin
 from ._route import Route, captures_cuda_graph
 from ._specialization import Arguments, flatten, key_of, why_aside, why_own_kind
 from ._summary import summary_of, text_of
@@ -51,6 +52,7 @@ class Explanation:
         raises: whether the call would raise :class:`CompileError` with the reason.
         specialization: sizes of the tensor arguments of the compiled code, ``[s0, 2048], [2048]``.
         new: whether the call would have to make the specialization: it would be compiled first.
+        loaded: whether it would load the specialization, which was saved.
         difference: in what a new specialization differs from the nearest that there is; None if it is the first.
         arguments: what of the arguments is baked in, by name: ``{"x": "bf16", "x's shape": "[s0, 2048]", ...}``.
         state: what of torch's state is baked in, by name: ``{"grad mode": "on", ...}``.
@@ -71,6 +73,7 @@ class Explanation:
     raises: bool = False
     specialization: str | None = None
     new: bool = False
+    loaded: bool = False
     difference: str | None = None
     arguments: Mapping[str, str] = field(default_factory=dict)
     state: Mapping[str, str] = field(default_factory=dict)
@@ -105,7 +108,9 @@ class Explanation:
 
     def _decision(self) -> str:
         if self.action == COMPILED:
-            return "be compiled first, then run compiled" if self.new else "run compiled; the code is there"
+            if self.new:
+                return "be compiled first, then run compiled"
+            return f"run compiled; the code is {'saved, and loaded first' if self.loaded else 'there'}"
         if self.raises:
             return f"raise CompileError: {self.reason}"
         return f"{'run natively' if self.action == NATIVE else 'pass as without the mode'}: {self.reason}"
@@ -246,11 +251,14 @@ class _ExplainingRoute(Route):
         known = table.find(key, arguments.args, arguments.kwargs)
         if known is None and captures_cuda_graph(arguments):
             return replace(native, reason="not compiled yet, and a CUDA graph is being captured")
-        foreseer = _Foreseer(self.overload, self.parameters, replace(self.config, background=False), self.counters)
+        config = replace(self.config, background=False)
+        foreseer = _Foreseer(self.overload, self.parameters, config, self.counters, self.cache.artifacts)
         made = known or foreseer.make(impl, table, key, arguments, None)
         if isinstance(made, str):
             return replace(native, reason=made)
-        if known is None and self.config.background:
+        loaded = isinstance(made, Specialization) and isinstance(made.origin, Origin) and known is None
+        new = known is None and not loaded
+        if new and self.config.background:
             return replace(native, reason="is being compiled in the background")
         if isinstance(made, CannotCompile):
             return replace(native, reason=str(made), raises=self.config.on_failure == "raise")
@@ -260,8 +268,9 @@ class _ExplainingRoute(Route):
             passed,
             action=COMPILED,
             specialization=made.code.symbolic_shapes,
-            new=known is None,
-            difference=table.difference(made) if known is None else None,
+            new=new,
+            loaded=loaded,
+            difference=table.difference(made) if new else None,
             arguments=argument_components(arguments),
             state=state_components(),
             size_guard=made.guard,
@@ -273,7 +282,12 @@ class _ExplainingRoute(Route):
 
 
 class _Foreseer(Maker):
-    """Tells what it would make, and makes nothing."""
+    """Tells what it would load or make, and makes nothing."""
+
+    def load(
+        self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: object
+    ) -> Specialization | None:
+        return self.saved(impl, key, arguments)
 
     def make_now(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: object) -> Made:
         try:

@@ -1,8 +1,10 @@
-"""Where specializations come from: each is made once, by the call that needs it or in the background, or not at all."""
+"""Where specializations come from: each is loaded, or made once, by the call that needs it or in the background, or
+not at all."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Hashable
@@ -12,13 +14,15 @@ import torch
 
 from . import _background
 from ._active import active
+from ._artifacts import Artifact, Artifacts
 from ._background import ThreadState
 from ._cache import Table
 from ._compilation import CannotCompile, Specialization, specialize
 from ._config import NO_EVICTION, CompileConfig
 from ._counters import OpCounters
-from ._fork import compiler_was_interrupted, compiling
+from ._fork import compiler_was_interrupted, compiling, freed_in_children
 from ._ir import Impl
+from ._origin import CannotSave, Origin, origin_of
 from ._specialization import Arguments, Parameters, key_of, of_zeros
 from ._torch_private import OpOverload
 from ._trace import TraceEvent
@@ -27,6 +31,9 @@ _log = logging.getLogger("dispatch_compile")
 
 # A specialization, or the error for which it cannot be made, or the reason why it is not made now.
 Made = Specialization | CannotCompile | str
+
+# Not the compiler's lock: to have that one, Dynamo would have to be imported.
+_loading = freed_in_children(threading.RLock())
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,17 @@ class Maker:
     parameters: Parameters
     config: CompileConfig
     counters: OpCounters
+    artifacts: Artifacts
 
     def make(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None) -> Made:
         """What a call gets whose specialization is not in the table. It is there afterwards, if it could be made."""
-        if compiler_was_interrupted():
-            return "the process was forked while another thread compiled"
         if self.is_full(table):
             return self._full
+        loaded = self.load(impl, table, key, arguments, event)
+        if loaded is not None:
+            return loaded
+        if compiler_was_interrupted():
+            return "the process was forked while another thread compiled"
         if self.config.background:
             failure = _background.ask(table, key, lambda: _Job.of(self, impl, table, key, arguments))
             return failure or "is being compiled in the background"
@@ -58,8 +69,7 @@ class Maker:
                     return made
                 if self.is_full(table):
                     return self._full
-                if self.config.eviction != NO_EVICTION:
-                    table.make_room(self.config.max_specializations)
+                self._make_room(table)
                 return self._specialize(impl, table, key, arguments, event)
         except CannotCompile as error:
             return error
@@ -72,19 +82,70 @@ class Maker:
     def _full(self) -> str:
         return f"there may be no more than {self.config.max_specializations} specializations (max_specializations)"
 
+    def _make_room(self, table: Table) -> None:
+        if self.config.eviction != NO_EVICTION:
+            table.make_room(self.config.max_specializations)
+
+    def saved(self, impl: Impl, key: Hashable, arguments: Arguments) -> Specialization | None:
+        """The specialization that saved code gives; None if there is none for this call."""
+        if self.artifacts.empty:
+            return None
+        origin = self._origin(impl)
+        if isinstance(origin, str):
+            return None
+        code = self.artifacts.find(origin, key, arguments)
+        return None if code is None else Specialization.of(code, arguments, origin)
+
+    def load(
+        self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None
+    ) -> Specialization | None:
+        """The same, which is in the table afterwards."""
+        with _loading:
+            found = table.find(key, arguments.args, arguments.kwargs)  # another thread may have loaded it
+            if found is not None:
+                return found
+            with active.suspended():
+                loaded = self.saved(impl, key, arguments)
+            if loaded is None or loaded.code is None:
+                return None
+            self._make_room(table)
+            table.add(key, loaded)
+        self.counters.loads += 1
+        _log.info("loaded %s (%s) for %s", self.overload, impl.provider, loaded.code.symbolic_shapes)
+        if event is not None:
+            event.loaded = True
+        return loaded
+
+    def _origin(self, impl: Impl) -> Origin | str:
+        try:
+            return origin_of(self.overload, impl, self.config)
+        except CannotSave as reason:
+            return str(reason)
+
+    def _keep(self, key: Hashable, made: Specialization) -> None:
+        """Put new code where other processes find it, if there is such a place."""
+        if made.code is None or not self.artifacts.keeps:
+            return
+        try:
+            self.artifacts.keep(Artifact.of(made.origin, key, made.code))
+        except CannotSave as reason:
+            _log.info("code of %s is not saved: %s", self.overload, reason)
+
     def _specialize(
         self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None
     ) -> Specialization:
         start = time.perf_counter_ns()
         try:
             with active.suspended():
-                made = specialize(self.overload, impl, arguments, self.config)
+                origin = self._origin(impl)  # before the implementation runs, which may change what it reads
+                made = specialize(self.overload, impl, arguments, self.config, origin)
         finally:
             nanoseconds = time.perf_counter_ns() - start
             if event is not None:
                 event.compile_start, event.compile_nanoseconds = start, nanoseconds
         difference = table.difference(made)
         table.add(key, made)
+        self._keep(key, made)
         if made.code is not None:
             self.counters.compiles += 1
             shapes = made.code.symbolic_shapes

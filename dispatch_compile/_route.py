@@ -51,7 +51,7 @@ class Route:
         self.counters = cache.counters_of(overload)
         self._name = overload.name().replace("::", ".")
         self.parameters = Parameters.of(overload, op.activations)
-        self._maker = Maker(overload, self.parameters, config, self.counters)
+        self._maker = Maker(overload, self.parameters, config, self.counters, cache.artifacts)
         self.last: tuple[Callable[[], Any], Table | None] = (_no_impl, None)
 
     def run(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: TraceEvent | None) -> Any:

@@ -5,10 +5,20 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import marshal
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from contextvars import ContextVar
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch._C import (
@@ -50,22 +60,29 @@ __all__ = [
     "OpOverloadPacket",
     "TensorGuards",
     "TorchDispatchMode",
+    "TritonLaunch",
     "all_op_names",
     "compile_lock",
     "compile_lock_if_imported",
+    "cpp_kernel_library",
     "decomposes",
     "dispatch_modes_active",
     "dtype_abbreviation",
     "dual_level",
     "dynamic_size",
     "forget_inductors_threads",
+    "generated_module",
     "global_state",
+    "guard_functions",
     "has_kernel",
     "has_schema",
     "hide_from_dynamo",
     "inductor_compile",
+    "inductor_overrides",
     "is_functorch_wrapped",
     "is_zero_tensor",
+    "load_cpp_kernel",
+    "load_triton_kernel",
     "lookup_backend",
     "new_fake_mode",
     "new_shape_env",
@@ -74,6 +91,7 @@ __all__ = [
     "size_depends_on_values",
     "torchs_modes",
     "trace",
+    "triton_launch",
     "without_modes",
     "without_version_counting",
     "wrap_custom_op_kernels",
@@ -285,3 +303,133 @@ def dtype_abbreviation(dtype: torch.dtype) -> str:
     from torch.utils._dtype_abbrs import dtype_abbrs
 
     return str(dtype_abbrs.get(dtype, str(dtype).removeprefix("torch.")))
+
+
+# ---- Saved code: taking Inductor's code apart, and running the parts in another process. Only taking apart may import
+# Inductor. Running must not: importing it takes longer than all the rest of a first call with saved code.
+
+
+def inductor_overrides() -> dict[str, Any]:
+    """Inductor's settings that this process changed, apart from those that environment variables change. Inductor's
+    own ways to ask import it, and mix the two."""
+    config = sys.modules.get("torch._inductor.config")
+    if config is None:
+        return {}
+    from torch.utils._config_module import _UNSET_SENTINEL as UNSET
+
+    changed = {}
+    for name, entry in config._config.items():
+        value = entry.user_override
+        value = value.get() if isinstance(value, ContextVar) else value  # a ContextVar from torch 2.13 on
+        default = entry.default if entry.env_value_default is UNSET else entry.env_value_default
+        if value is not UNSET and value != default:
+            changed[name] = value
+    return changed
+
+
+def guard_functions(guard: str | None) -> dict[str, Any]:
+    """What :func:`shape_guard_names` gives, but nothing, and without importing SymPy, for a guard that needs none of
+    it: most only compare the sizes of arguments."""
+    names = {node.id for node in ast.walk(ast.parse(guard or "True", mode="eval")) if isinstance(node, ast.Name)}
+    return {} if all(re.fullmatch(r"[ak]\d+", name) for name in names) else shape_guard_names()
+
+
+def generated_module(run: Callable[..., Any]) -> tuple[Mapping[str, Any], tuple[int, ...]] | None:
+    """The namespace of the module that Inductor generated, and the positions of inputs that must be aligned, of the
+    callable that it made of them; None if it has made something else, as with CUDA graphs."""
+    positions: Sequence[int] = ()
+    if getattr(run, "__qualname__", None) == "align_inputs_from_check_idxs.<locals>.run":
+        wrapped = inspect.getclosurevars(run).nonlocals
+        run, positions = wrapped["model"], wrapped["inputs_to_check"]
+    namespace = getattr(getattr(run, "__func__", run), "__globals__", {})
+    return (namespace, tuple(positions)) if namespace.get("call") == run else None
+
+
+def cpp_kernel_library(kernel: Any) -> bytes | None:
+    """The library of a C++ kernel that Inductor compiled as a Python extension module."""
+    path = getattr(getattr(kernel, "__self__", None), "__file__", None)
+    return Path(path).read_bytes() if path is not None and Path(path).exists() else None
+
+
+def load_cpp_kernel(path: str) -> Callable[..., None]:
+    """Load such a library as Inductor does: by the variable it finds torch's function that reads a tensor's address."""
+    address = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr
+    os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(address)
+    loader = ExtensionFileLoader(f"{Path(path).name}.kernel", path)
+    module = module_from_spec(spec_from_loader(loader.name, loader))  # type: ignore[arg-type]  # never None here
+    loader.exec_module(module)
+    kernel: Callable[..., None] = module.kernel
+    return kernel
+
+
+class TritonLaunch(NamedTuple):
+    """A Triton kernel as torch's static launcher, which is part of torch itself, runs it.
+
+    Attributes:
+        cubin: the machine code.
+        name: of the function in it.
+        device: index of the CUDA device.
+        shared_bytes: of shared memory for a block.
+        warps: for a block.
+        parameter_types: a letter for each parameter, as the launcher spells them.
+        scratch: how many pointers to scratch memory, which it has none of, Triton adds to the parameters.
+        grid: marshalled code object of ``launcher(*arguments, stream)``, which computes the grid and calls ``runner``.
+    """
+
+    cubin: bytes
+    name: str
+    device: int
+    shared_bytes: int
+    warps: int
+    parameter_types: str
+    scratch: int
+    grid: bytes
+
+
+def triton_launch(kernel: Any) -> TritonLaunch | None:
+    """What is left of a kernel that Inductor has tuned; None if the static launcher does not run it, or if it is still
+    to be tuned, or its machine code is no longer in Triton's cache."""
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+    from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
+
+    launchers = getattr(kernel, "launchers", [])
+    if len(launchers) != 1 or torch.version.hip is not None:
+        return None
+    launcher = launchers[0]
+    code = launcher.__code__
+    static = getattr(launcher.__globals__.get("runner"), "__self__", None)
+    device = kernel.triton_meta.get("device")
+    calls_more = set(code.co_names) - {"runner", "max", "min"}
+    # The last two came with torch 2.15: tensor descriptors among the parameters, and scratch memory that is used.
+    unsupported = getattr(static, "_has_tensordesc", False) or getattr(static, "global_scratch_size", 0)
+    if not isinstance(static, StaticallyLaunchedCudaKernel) or device is None or calls_more or unsupported:
+        return None
+    cubin = Path(triton_cache_dir(device), launcher.cache_hash, f"{static.name}.cubin")
+    if not cubin.exists():
+        return None
+    return TritonLaunch(
+        cubin=cubin.read_bytes(),
+        name=static.name,
+        device=device,
+        shared_bytes=static.shared,
+        warps=static.num_warps,
+        parameter_types=static.arg_tys,
+        scratch=static.has_global_scratch + static.has_profile_scratch,
+        grid=marshal.dumps(code),
+    )
+
+
+def load_triton_kernel(kernel: TritonLaunch, cubin_path: str) -> Any:
+    """An object whose ``run(*arguments, stream=...)`` launches the kernel, as generated code calls it."""
+    launch = torch._C._StaticCudaLauncher._launch_kernel
+    with torch.cuda.device(kernel.device):
+        loaded = torch._C._StaticCudaLauncher._load_kernel(cubin_path, kernel.name, kernel.shared_bytes, kernel.device)
+    function = loaded[-3]  # before the numbers of registers and spills; from torch 2.13 on, the module comes first
+    warps, shared_bytes = kernel.warps, kernel.shared_bytes
+    types = kernel.parameter_types + "O" * kernel.scratch
+    scratch = (None,) * kernel.scratch
+
+    def runner(grid_0: int, grid_1: int, grid_2: int, stream: int, *arguments: Any) -> None:
+        launch(function, grid_0, grid_1, grid_2, warps, shared_bytes, types, (*arguments, *scratch), stream)
+
+    return SimpleNamespace(run=FunctionType(marshal.loads(kernel.grid), {"runner": runner}))

@@ -84,6 +84,7 @@ class TraceEvent(OpCall):
         provider: the provider that the op's dispatch chose.
         specialization: the sizes of the compiled code's tensor arguments, ``[s0, 2048], [2048]``; None if not compiled.
         new: whether this call made the specialization.
+        loaded: whether this call loaded it, since it had been saved.
         difference: in what a new specialization differs from the nearest that there was; None if it was the first.
         compile_start: when compilation began, like ``start``; None if this call did not compile.
         compile_nanoseconds: how long it took, failures included.
@@ -94,6 +95,7 @@ class TraceEvent(OpCall):
     provider: str | None = None
     specialization: str | None = None
     new: bool = False
+    loaded: bool = False
     difference: str | None = None
     compile_start: int | None = None
     compile_nanoseconds: int = 0
@@ -120,7 +122,8 @@ class TraceEvent(OpCall):
         if self.action != COMPILED:
             return self.reason or ""
         difference = f"; {self.difference}" if self.difference else ""
-        return f"{'new' if self.new else 'reused'}: {self.specialization}{difference}"
+        came = "new" if self.new else "loaded" if self.loaded else "reused"
+        return f"{came}: {self.specialization}{difference}"
 
 
 Call = TypeVar("Call", bound=OpCall)

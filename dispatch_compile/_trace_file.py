@@ -15,7 +15,7 @@ from ._summary import Summary, TensorSummary
 from ._trace import COMPILED, NATIVE, PASSED, OpCall, Trace, TraceEvent
 
 SCHEMA = "dispatch_compile.trace"
-VERSION = 1  # goes up with every change of what a line may hold
+VERSION = 2  # goes up with every change of what a line may hold
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,7 @@ _EVENT_FIELDS: dict[str, _Reader] = {
     "provider": _or_null(_STRING),
     "specialization": _or_null(_STRING),
     "new": _BOOLEAN,
+    "loaded": _BOOLEAN,
     "difference": _or_null(_STRING),
     "compile_start": _or_null(_WHOLE),
     "compile_nanoseconds": _COUNT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import dispatch_compile as dc
+from dispatch_compile._artifacts import FOLDER_VARIABLE
 
 _serial = itertools.count()
 OPAQUE_NAMESPACE = "dispatch_compile_test"
@@ -41,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.pop(FOLDER_VARIABLE, None)  # code that was saved elsewhere would be run in place of what is tested
     if config.getoption("--interception") == "every op":
         from dispatch_compile import _mode
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import marshal
 import re
+import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -396,3 +399,172 @@ def test_nothing_else_imports_private_names():
             assert not private_import.search(
                 path.read_text().replace("from torch._inductor import list_options", "")
             ), path
+
+
+# ---- Saved code
+
+
+@pytest.fixture(scope="module")
+def inductor_code():
+    def fn(x: Tensor) -> tuple[Tensor]:
+        return (x * 2 + 1,)
+
+    fake_mode = private.new_fake_mode(private.new_shape_env())
+    with fake_mode:
+        x = torch.empty(6, 3)
+    return private.inductor_compile(private.trace(fn, [x]), [x], {})
+
+
+@covers("inductor_overrides")
+def test_inductor_overrides(monkeypatch):
+    from torch._inductor import config
+
+    assert "max_autotune" not in private.inductor_overrides()
+    with config.patch({"max_autotune": True, "cpp.threads": 3}):
+        overrides = private.inductor_overrides()
+    assert (overrides["max_autotune"], overrides["cpp.threads"]) == (True, 3)
+    assert "max_autotune" not in private.inductor_overrides(), "a patch that is over leaves the default as an override"
+    monkeypatch.delitem(sys.modules, "torch._inductor.config")
+    assert private.inductor_overrides() == {}
+
+
+@covers("guard_functions")
+def test_guard_functions(monkeypatch):
+    assert private.guard_functions("math.floor(a0.size(0) / 2) == 3").keys() == private.shape_guard_names().keys()
+
+    def imported() -> None:
+        raise AssertionError("SymPy takes a while to import")
+
+    monkeypatch.setattr(private, "shape_guard_names", imported)
+    for guard in (None, "2 <= a0.size(0)", "a0.size(0) == a1[2].stride(1) and k0.size(0) % 2 == 0"):
+        assert private.guard_functions(guard) == {}
+
+
+@covers("generated_module")
+def test_generated_module(inductor_code):
+    from torch._inductor.utils import align_inputs_from_check_idxs
+
+    module, positions = private.generated_module(inductor_code.run)
+    assert "async_compile" not in module, "the kernels are compiled"
+    assert module["call"] == inductor_code.run
+    assert positions == ()
+    aligning = align_inputs_from_check_idxs(inductor_code.run, [0, 2], set())
+    assert private.generated_module(aligning) == (module, (0, 2))
+    assert private.generated_module(lambda inputs: inductor_code.run(inputs)) is None
+
+
+@covers("cpp_kernel_library", "load_cpp_kernel")
+def test_cpp_kernels(inductor_code, tmp_path):
+    module, _ = private.generated_module(inductor_code.run)
+    [kernel] = [value for name, value in module.items() if name.startswith("cpp_fused")]
+    library = private.cpp_kernel_library(kernel)
+    assert library.startswith(b"\x7fELF")
+    assert private.cpp_kernel_library(lambda *args: None) is None
+    (tmp_path / "library").write_bytes(library)
+    loaded = private.load_cpp_kernel(str(tmp_path / "library"))
+    (tmp_path / "library").unlink()
+    assert loaded is not kernel
+    x, result = torch.randn(6, 3), torch.empty(6, 3)
+    loaded(x, result)
+    assert torch.equal(result, inductor_code.run([x])[0])
+
+
+def _statically_launched(launcher_source: str, **attributes):
+    """A kernel as Inductor leaves it on a machine with a GPU."""
+    from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
+
+    static = StaticallyLaunchedCudaKernel.__new__(StaticallyLaunchedCudaKernel)
+    vars(static).update(name="triton_poi", shared=64, num_warps=4, arg_tys="OOl")
+    vars(static).update(has_global_scratch=True, has_profile_scratch=True)
+    # What closes the kernel when it is freed.
+    vars(static).update(module=None, function=None, modules={}, functions={}, **attributes)
+    scope = {"runner": static.run}
+    exec(launcher_source, scope)
+    scope["launcher"].cache_hash = "HASH"
+    return SimpleNamespace(launchers=[scope["launcher"]], triton_meta={"device": 1})
+
+
+LAUNCHER = "def launcher(x, y, n, stream): runner(-(n // -8), max(n, 1), 1, stream, x, y, n)"
+
+
+@covers("TritonLaunch", "triton_launch")
+def test_triton_launch(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = _statically_launched(LAUNCHER)
+    assert private.triton_launch(kernel) is None, "no machine code in the cache"
+    (tmp_path / "HASH").mkdir()
+    (tmp_path / "HASH" / "triton_poi.cubin").write_bytes(b"cubin")
+    launch = private.triton_launch(kernel)
+    assert launch._replace(grid=b"") == private.TritonLaunch(b"cubin", "triton_poi", 1, 64, 4, "OOl", 2, b"")
+    assert marshal.loads(launch.grid) == kernel.launchers[0].__code__
+
+
+def test_triton_kernels_that_cannot_be_launched_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (tmp_path / "HASH").mkdir()
+    (tmp_path / "HASH" / "triton_poi.cubin").write_bytes(b"cubin")
+    to_be_tuned = _statically_launched(LAUNCHER)
+    to_be_tuned.launchers *= 2
+    by_triton = _statically_launched(LAUNCHER)
+    by_triton.launchers[0].__globals__["runner"] = print
+    others = {
+        "multi-kernel": object(),
+        "to be tuned": to_be_tuned,
+        "launched by Triton": by_triton,
+        "calls more than the runner": _statically_launched(LAUNCHER.replace("max(n, 1)", "describe(n)")),
+        "tensor descriptors": _statically_launched(LAUNCHER, _has_tensordesc=True),
+        "scratch memory": _statically_launched(LAUNCHER, global_scratch_size=128),
+    }
+    for what, kernel in others.items():
+        assert private.triton_launch(kernel) is None, what
+    assert private.triton_launch(_statically_launched(LAUNCHER)) is not None
+
+
+@pytest.mark.parametrize("loaded", [("function", 20, 0), ("module", "function", 20, 0)], ids=["2.11", "2.13"])
+@covers("load_triton_kernel")
+def test_load_triton_kernel(monkeypatch, loaded):
+    calls = []
+
+    class Launcher:
+        @staticmethod
+        def _load_kernel(*args):
+            calls.append(args)
+            return loaded
+
+        @staticmethod
+        def _launch_kernel(*args):
+            calls.append(args)
+
+    monkeypatch.setattr(torch._C, "_StaticCudaLauncher", Launcher, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    scope = {}
+    exec(LAUNCHER, scope)
+    grid = marshal.dumps(scope["launcher"].__code__)
+    launch = private.TritonLaunch(b"cubin", "triton_poi", 1, 64, 4, "OOl", 2, grid)
+    kernel = private.load_triton_kernel(launch, "/some/file")
+    kernel.run("x", "y", 17, stream=7)
+    assert calls == [
+        ("/some/file", "triton_poi", 64, 1),
+        ("function", 3, 17, 1, 4, 64, "OOlOO", ("x", "y", 17, None, None), 7),
+    ]
+
+
+@pytest.mark.cuda
+def test_triton_kernels(tmp_path):
+    def fn(x: Tensor) -> tuple[Tensor]:
+        return (x * 2 + 1,)
+
+    fake_mode = private.new_fake_mode(private.new_shape_env())
+    with fake_mode:
+        fake = torch.empty(600, 3, device="cuda")
+    code = private.inductor_compile(private.trace(fn, [fake]), [fake], {})
+    x, result = torch.randn(600, 3, device="cuda"), torch.empty(600, 3, device="cuda")
+    [expected] = code.run([x])
+    module, positions = private.generated_module(code.run)
+    assert positions == (0,)
+    [kernel] = [value for name, value in module.items() if name.startswith("triton_poi_")]
+    launch = private.triton_launch(kernel)
+    (tmp_path / "cubin").write_bytes(launch.cubin)
+    loaded = private.load_triton_kernel(launch, str(tmp_path / "cubin"))
+    loaded.run(x, result, x.numel(), stream=torch.cuda.current_stream().cuda_stream)
+    assert torch.equal(result, expected)

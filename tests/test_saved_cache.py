@@ -1,0 +1,152 @@
+"""A cache that is saved by one process and loaded by another, which then compiles nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import dispatch_compile as dc
+
+PROGRAM = """if True:
+    import sys
+    import torch
+    from torch import Tensor
+    import dispatch_compile as dc
+
+    @dc.register_op
+    def scaled(x: Tensor, factor: float = FACTOR) -> tuple[Tensor, Tensor]:
+        return torch.relu(x) * factor, x + ADDED
+
+    ADDED = 1.5
+    task, path, *numbers = sys.argv[1:]
+    cache = dc.NativeCache.load(path) if task == "load" else dc.NativeCache()
+    with torch.inference_mode(), dc.DispatchCompileMode(cache=cache):
+        for tokens in map(int, numbers):
+            for result in scaled(torch.arange(tokens * 3.0).view(tokens, 3)):
+                print(result.sum().item(), tuple(result.shape), result.stride())
+    if task == "save":
+        cache.save(path)
+    print(cache.stats().compiles, cache.stats().hits, "torch._dynamo" in sys.modules, "torch._inductor" in sys.modules)
+"""
+
+
+def run(task: str, path: Path, tokens: Sequence[int] = (0, 1, 2, 3, 500), factor: float = 2.0, **env: str) -> list[str]:
+    """What the program printed: its results, and in the last line compilations, hits, and whether it imported Dynamo
+    and Inductor."""
+    program = PROGRAM.replace("FACTOR", str(factor))
+    command = [sys.executable, "-c", program, task, str(path), *map(str, tokens)]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+class Saved:
+    """What a process left that compiled with the folder in its environment, and saved its cache too."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.folder = path / "file", path / "code"
+        *self.results, self.counts = run("save", self.file, DISPATCH_COMPILE_CACHE_DIR=str(self.folder))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Saved:
+    return Saved(tmp_path_factory.mktemp("saved"))  # which only its user may write
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tmp_path.chmod(0o700)
+    return tmp_path
+
+
+def test_what_was_saved_is_loaded_without_the_compiler(saved):
+    assert saved.counts == "3 5 True True"
+    *results, counts = run("load", saved.file)
+    assert counts == "0 5 False False"
+    assert results == saved.results
+
+
+def test_a_folder_is_filled_and_used(saved):
+    assert len(os.listdir(saved.folder)) == 3
+    *results, counts = run("use", saved.file, DISPATCH_COMPILE_CACHE_DIR=str(saved.folder))
+    assert counts == "0 5 False False"
+    assert results == saved.results
+
+
+def test_another_default_is_another_implementation(saved):
+    assert run("load", saved.file, tokens=[2], factor=3.0)[-1] == "1 1 True True"
+
+
+def test_what_was_loaded_and_not_used_is_saved_again(saved, folder):
+    dc.NativeCache.load(saved.file).save(folder / "again")
+    assert run("load", folder / "again")[-1] == "0 5 False False"
+
+
+def test_what_cannot_be_saved_is_left_out(folder, define_ir_op):
+    weight = torch.ones(3)
+
+    def weighted(x: Tensor) -> Tensor:
+        return x * weight.shape[0]
+
+    op, mode = define_ir_op(weighted), dc.DispatchCompileMode()
+    with torch.inference_mode(), mode:
+        op(torch.ones(4, 3))
+        dc.ops.silu_and_mul(torch.ones(4, 6))
+    mode.cache.save(folder / "file")
+    cache = dc.NativeCache.load(folder / "file")
+    with torch.inference_mode(), dc.DispatchCompileMode(cache=cache):
+        dc.ops.silu_and_mul(torch.ones(4, 6))
+        assert (cache.stats().compiles, cache.stats().loads) == (0, 1)
+        op(torch.ones(4, 3))
+        assert cache.stats().compiles == 1
+
+
+def test_a_damaged_file(folder):
+    (folder / "file").write_text("something else")
+    with pytest.raises(dc.ArtifactError, match="is no file of saved code"):
+        dc.NativeCache.load(folder / "file")
+
+
+def test_a_call_that_loads_says_so(folder, define_ir_op):
+    def tripled(x: Tensor) -> Tensor:
+        return x * 3
+
+    op, x = define_ir_op(tripled), torch.ones(4, 3)
+    with dc.DispatchCompileMode() as mode:
+        op(x)
+    mode.cache.save(folder / "file")
+    cache = dc.NativeCache.load(folder / "file")
+    with dc.DispatchCompileMode(cache=cache, trace=dc.Trace()) as mode:
+        foreseen = mode.explain(op, x)
+        assert (foreseen.action, foreseen.new, foreseen.loaded) == ("compiled", False, True)
+        assert "would run compiled; the code is saved, and loaded first" in str(foreseen)
+        assert cache.stats().loads == 0, "explaining loads nothing into the cache"
+        op(x)
+        op(x)
+    assert [(event.new, event.loaded) for event in mode.trace.events] == [(False, True), (False, False)]
+    assert [str(event).partition("  # ")[2] for event in mode.trace.events] == [
+        "compiled, loaded: [s0, 3]",
+        "compiled, reused: [s0, 3]",
+    ]
+    assert cache.stats() == dc.CacheStats(compiles=0, hits=2, fallbacks=0, asides=0, loads=1)
+
+
+def test_code_is_loaded_where_it_would_be_compiled_in_the_background(folder):
+    op, x = dc.ops.silu_and_mul, torch.ones(4, 6)
+    with dc.DispatchCompileMode() as mode:
+        op(x)
+    mode.cache.save(folder / "file")
+    cache = dc.NativeCache.load(folder / "file")
+    with dc.DispatchCompileMode(config=dc.CompileConfig(background=True), cache=cache):
+        op(x)
+    assert cache.stats() == dc.CacheStats(compiles=0, hits=1, fallbacks=0, asides=0, loads=1)
+    cache.clear()
+    with dc.DispatchCompileMode(cache=cache):
+        op(x)
+    assert cache.stats().loads == 2, "what was loaded from the file is still there"
