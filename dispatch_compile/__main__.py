@@ -26,6 +26,9 @@ COMMANDS = {
     ),
     "breakdown": Command("dispatch_compile.bench.breakdown", "where the time of one intercepted call goes"),
     "passthrough": Command("dispatch_compile.bench.passthrough", "what the mode costs the ops that it does not catch"),
+    "restart": Command(
+        "dispatch_compile.bench.restart", "how soon a process runs compiled code that an earlier one saved"
+    ),
 }
 
 
