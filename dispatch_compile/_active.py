@@ -34,30 +34,27 @@ class ActiveModes(threading.local):
         self.stack: tuple[DispatchCompileMode, ...] = ()
         self.traces: tuple[Trace, ...] = ()
         self.untraced: DispatchCompileMode | None = None
+        self._outside: tuple[Any, ...] = ()  # what pop() goes back to
 
     def push(self, mode: DispatchCompileMode) -> None:
+        self._outside = self.stack, self.traces, self.untraced, self._outside
         self.stack = (*self.stack, mode)
-        self._changed()
+        if mode.trace is not None and not any(mode.trace is trace for trace in self.traces):
+            self.traces = (*self.traces, mode.trace)
+        self.untraced = None if self.traces else mode
 
     def pop(self) -> None:
-        self.stack = self.stack[:-1]
-        self._changed()
+        self.stack, self.traces, self.untraced, self._outside = self._outside
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """No mode: the compiler's own calls of IR ops are none of ours."""
-        saved, self.stack = self.stack, ()
-        self._changed()
+        suspended = self.stack, self.traces, self.untraced, self._outside
+        self.stack, self.traces, self.untraced, self._outside = (), (), None, ()
         try:
             yield
         finally:
-            self.stack = saved
-            self._changed()
-
-    def _changed(self) -> None:
-        traces = [mode.trace for mode in self.stack if mode.trace is not None]
-        self.traces = tuple({id(trace): trace for trace in traces}.values()) if traces else ()
-        self.untraced = self.stack[-1] if self.stack and not traces else None
+            self.stack, self.traces, self.untraced, self._outside = suspended
 
 
 active = ActiveModes()

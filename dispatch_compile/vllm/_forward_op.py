@@ -38,8 +38,7 @@ class ForwardOp(NativeOp):
 
     def __init__(self, name: str, native: Native, results: Results, activations: list[str]) -> None:
         self.name = f"{NAMESPACE}::{name}"
-        self._native = native
-        self._results = results
+        self._complete = None if results.all_new else results.completion(native.parameters)
         self._library = Library(NAMESPACE, "FRAGMENT")
         self._library.define(f"{name}{native.schema} -> {results.schema}")
         self._library.impl(name, _weakly(self._run_native), "CompositeExplicitAutograd")
@@ -49,9 +48,7 @@ class ForwardOp(NativeOp):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         new = self.torch_op(*args, **kwargs)
-        if self._results.all_new:
-            return new
-        return self._results.complete(new, self._native.named(args, kwargs))
+        return new if self._complete is None else self._complete(new, *args, **kwargs)
 
     def _run_native(self, *args: Any, **kwargs: Any) -> Any:
         return self.dispatch().impl_fn(*args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,19 @@ class Results:
         new = tuple(item for item, name in zip(result, self.given, strict=True) if name is None)
         return new if len(new) > 1 else new[0]
 
-    def complete(self, new: Any, arguments: Mapping[str, Any]) -> Any:
-        """The results, of what :meth:`new` left of them."""
-        assert self.container is not None
-        rest = iter((new,) if isinstance(new, torch.Tensor) else new)
-        return self.container(next(rest) if name is None else arguments[name] for name in self.given)
+    def completion(self, parameters: Sequence[str]) -> Callable[..., Any]:
+        """``complete(new, *args, **kwargs)``: a call's results, of its arguments and what :meth:`new` left of them.
+
+        It is generated, since it runs in every call.
+
+        Args:
+            parameters: of ``forward_native``.
+        """
+        new = "_" * (1 + max(map(len, parameters)))  # a name that none of them has
+        several = self.given.count(None) > 1
+        rest = iter(f"{new}[{i}]" if several else new for i in range(len(self.given)))
+        items = "".join(f"{next(rest) if name is None else name}, " for name in self.given)
+        results = f"[{items}]" if self.container is list else f"({items})"
+        source = f"lambda {new}, {', '.join(f'{name}=None' for name in parameters)}: {results}"
+        complete: Callable[..., Any] = eval(source)
+        return complete
