@@ -36,4 +36,4 @@ __all__ = [
     "register_op",
 ]
 
-_registry.add_source(vllm.ir_ops, polled=True)
+_registry.add_source(vllm.ir_ops, poll=vllm.registered_ir_ops)

@@ -25,15 +25,15 @@ _polled: list[Source] = []
 _listeners: list[Callable[[], None]] = []
 
 
-def add_source(source: Source, *, polled: bool = False) -> None:
+def add_source(source: Source, *, poll: Source | None = None) -> None:
     """Add a function that lists IR ops.
 
-    It says when its list changes, with :func:`changed`, or else it is ``polled``: called whenever a mode is entered,
-    so then it must be quick.
+    It says when its list changes, with :func:`changed`. If it cannot, ``poll`` lists the same ops; it is called
+    whenever a mode is entered, so it must be quick.
     """
     _sources.append(source)
-    if polled:
-        _polled.append(source)
+    if poll is not None:
+        _polled.append(poll)
 
 
 def on_change(listener: Callable[[], None]) -> None:

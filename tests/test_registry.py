@@ -8,6 +8,7 @@ from support import EAGER, assert_same
 from torch import Tensor
 
 import dispatch_compile as dc
+from dispatch_compile import _registry
 
 
 def twice(x: Tensor, bias: float = 0.0) -> Tensor:
@@ -250,3 +251,24 @@ def test_an_op_that_decomposes_is_caught_in_inference_mode_only_and_says_so(defi
             op(torch.ones(3))
         assert mode.cache.stats().hits == 1
     handle.remove()
+
+
+def test_ops_of_a_source_that_says_nothing_are_looked_at_when_a_poll_finds_others(monkeypatch, define_opaque):
+    def twice(x: Tensor) -> Tensor:
+        return x * 2
+
+    overload = define_opaque(twice)
+    first, second = (_registry.NativeOp(overload, twice, ["x"]) for _ in range(2))
+    listed, looks = [], []
+    for sources in ("_sources", "_polled"):
+        monkeypatch.setattr(_registry, sources, [*getattr(_registry, sources)])
+    _registry.add_source(lambda: looks.append(1) or listed, poll=lambda: listed)
+    mode = dc.DispatchCompileMode(config=EAGER)
+    for listed[:] in ([first], [second], []):  # the second comes under the name of the first
+        looks.clear()
+        for _ in range(3):
+            with mode:
+                overload(torch.ones(3))
+        assert [route.op() for name, route in mode.routes.items() if name == overload.name()] == listed
+        assert len(looks) == 1
+    assert mode.cache.stats().hits == 6

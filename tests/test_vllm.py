@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from support import EAGER
 
 import dispatch_compile as dc
 
@@ -208,6 +209,22 @@ def test_an_op_that_leaves_the_registry_is_no_longer_caught():
         tripled(torch.ones(4, 8))
     assert len(mode.trace.events) == 1
     assert mode.cache.stats().hits == 1
+
+
+def test_an_op_that_comes_back_under_its_name_is_caught(monkeypatch):
+    from vllm.ir import op as ir_module
+
+    mode = dc.DispatchCompileMode(config=EAGER, trace=True)
+    for _ in range(2):
+        library = torch.library.Library("vllm_ir", "FRAGMENT")  # its own, to be taken away
+        monkeypatch.setattr(ir_module, "vllm_ir_torch_lib", library)
+        comes_back = ir_module.register_op(name="comes_back")(native_of_tripled)
+        with mode:
+            comes_back(torch.ones(4, 8))
+        assert mode.routes["vllm_ir::comes_back"].op() is comes_back
+        del ir_module.IrOp.registry["comes_back"]
+        library._destroy()
+    assert [event.new for event in mode.trace.events] == [True, True]
 
 
 def native_of_tripled(x: torch.Tensor) -> torch.Tensor:

@@ -190,6 +190,7 @@ def test_layers_made_later_with_compilation_off_are_left_alone_and_the_log_says_
 # ---- The plugin.
 
 ROOT = Path(__file__).parents[1]
+ON = "DISPATCH_COMPILE_VLLM"
 WORKER = """
 import logging, torch, vllm.plugins, vllm.ir
 logging.basicConfig(level=logging.WARNING)
@@ -205,15 +206,21 @@ print("calls", mode and mode.cache.stats().hits)
 
 
 @pytest.mark.parametrize(
-    ("value", "mode", "output", "log"),
+    ("environment", "mode", "output", "log"),
     [
-        ("1", "STOCK_TORCH_COMPILE", "calls 1", ""),
-        ("0", "STOCK_TORCH_COMPILE", "calls None", ""),
-        ("1", "NONE", "calls 0", "vLLM's compilation is off: compilation_config.mode is NONE"),
+        ({ON: "1", "DISPATCH_COMPILE_TRACE": "1"}, "STOCK_TORCH_COMPILE", "calls 1", "vllm_custom_op::silu_and_mul("),
+        ({ON: "0"}, "STOCK_TORCH_COMPILE", "calls None", ""),
+        ({ON: "1", "VLLM_PLUGINS": "other"}, "STOCK_TORCH_COMPILE", "calls None", ""),
+        (
+            {ON: "1", "VLLM_PLUGINS": "other,dispatch_compile"},
+            "NONE",
+            "calls 0",
+            "vLLM's compilation is off: compilation_config.mode is NONE",
+        ),
     ],
-    ids=["on", "off", "on, with compilation off"],
+    ids=["on, and traced", "off", "not among the plugins that are wanted", "among them, with compilation off"],
 )
-def test_vllms_plugin_loader_enables_it_if_the_environment_says_so(tmp_path, value, mode, output, log):
+def test_vllms_plugin_loader_enables_it_if_the_environment_says_so(tmp_path, environment, mode, output, log):
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     with open(ROOT / "pyproject.toml", "rb") as file:
         groups = tomllib.load(file)["project"]["entry-points"]
@@ -230,7 +237,7 @@ def test_vllms_plugin_loader_enables_it_if_the_environment_says_so(tmp_path, val
     path = [str(tmp_path), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
         [sys.executable, "-c", WORKER.format(mode=mode)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "DISPATCH_COMPILE_VLLM": value},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},
         capture_output=True,
         text=True,
         check=False,

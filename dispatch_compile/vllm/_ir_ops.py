@@ -17,10 +17,7 @@ def ir_ops() -> list[Op]:
     Raises:
         RuntimeError: this vLLM's ops lack an attribute that the package reads.
     """
-    module = sys.modules.get("vllm.ir.op")
-    if module is None or getattr(module.__spec__, "_initializing", False):
-        return []
-    ops = list(required(required(module, "IrOp", _PURPOSE), "registry", _PURPOSE).values())
+    ops = registered_ir_ops()
     try:
         for op in ops:
             _read(op)
@@ -29,8 +26,16 @@ def ir_ops() -> list[Op]:
     return ops
 
 
+def registered_ir_ops() -> list[Op]:
+    """The same ops, without a look at them: quick enough for whenever a mode is entered."""
+    module = sys.modules.get("vllm.ir.op")
+    if module is None or getattr(module.__spec__, "_initializing", False):
+        return []
+    return list(required(required(module, "IrOp", _PURPOSE), "registry", _PURPOSE).values())
+
+
 def _read(op: Any) -> None:
-    """Read what the rest of the package reads of an op. This happens whenever a mode is entered, so it is plain."""
+    """Read what the rest of the package reads of an op."""
     _ = op.torch_op, op.activations, op.dispatch
     inplace = getattr(op, "maybe_inplace", None)
     if inplace is not None:
