@@ -29,6 +29,10 @@ COMMANDS = {
     "restart": Command(
         "dispatch_compile.bench.restart", "how soon a process runs compiled code that an earlier one saved"
     ),
+    "vllm-bodies": Command(
+        "dispatch_compile.bench.vllm_bodies.cli",
+        "time per call of opaque ops' bodies with vLLM's layers: eager, as vLLM runs them today, and ours",
+    ),
 }
 
 

@@ -15,7 +15,9 @@ from dispatch_compile.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^<!-- (bench|passthrough):(\w+)(.*?) -->\n(.*?)^<!-- /\1 -->$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^<!-- (bench|passthrough|vllm-bodies):(\w+)(.*?) -->\n(.*?)^<!-- /\1 -->$", re.MULTILINE | re.DOTALL
+)
 MEASURED = [
     ("bench", "cpu"),
     ("bench", "cpu_small"),
@@ -23,7 +25,9 @@ MEASURED = [
     ("bench", "h100_tuning"),
     ("passthrough", "passthrough_cpu"),
     ("passthrough", "passthrough_h100"),
+    ("vllm-bodies", "vllm_bodies_h100"),
 ]
+DRAWN = {"bench": "README.md", "vllm-bodies": "docs/vllm_bodies.md"}  # and where the pictures are shown
 
 
 def blocks() -> list[tuple[str, str, str, str]]:
@@ -47,8 +51,8 @@ def test_figures_are_those_measured(command, name, capsys):
         )
 
 
-@pytest.mark.parametrize("name", [name for command, name in MEASURED if command == "bench"])
-def test_plots_are_shown(name):
-    command = f"python -m dispatch_compile bench --from-json benchmarks/{name}.json --plot benchmarks/{name}.png"
-    assert (ROOT / "benchmarks" / f"{name}.png").exists(), f"draw it: {command}"
-    assert f"benchmarks/{name}.png" in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(("command", "name"), [(command, name) for command, name in MEASURED if command in DRAWN])
+def test_plots_are_shown(command, name):
+    line = f"python -m dispatch_compile {command} --from-json benchmarks/{name}.json --plot benchmarks/{name}.png"
+    assert (ROOT / "benchmarks" / f"{name}.png").exists(), f"draw it: {line}"
+    assert f"benchmarks/{name}.png" in (ROOT / DRAWN[command]).read_text()

@@ -16,6 +16,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def token_counts(text: str) -> tuple[int, ...]:
+    """An argument that lists numbers of tokens; for argparse's ``type``."""
+    try:
+        return tuple(map(positive, text.split(",")))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 up, like 1,8,64") from None
+
+
 def available(device: str | None, parser: argparse.ArgumentParser) -> str:
     """The device that ``--device`` names, by default a GPU if there is one; ends the command if it is not there."""
     has_cuda = torch.cuda.is_available()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import handwritten, measure, plot, report, results
-from .arguments import DEVICES, available, positive
+from .arguments import DEVICES, available, positive, token_counts
 from .cases import CASES, DEFAULT_OPS, DTYPES
 from .progress import Progress
 from .results import BadResults, Results, Settings
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(CASES)} (default: {','.join(DEFAULT_OPS)})",
     )
     defaults = "; ".join(f"{','.join(map(str, tokens))} on {device}" for device, tokens in TOKENS.items())
-    parser.add_argument("--tokens", type=_token_counts, metavar="N,N,...", help=f"token counts (default: {defaults})")
+    parser.add_argument("--tokens", type=token_counts, metavar="N,N,...", help=f"token counts (default: {defaults})")
     parser.add_argument(
         "--hidden", type=positive, default=HIDDEN, metavar="N", help="the inputs' width (default: %(default)s)"
     )
@@ -130,11 +130,3 @@ def _ops(text: str) -> tuple[str, ...]:
             suggestion = f"did you mean {close[0]}?" if close else f"there are {', '.join(CASES)}"
             raise argparse.ArgumentTypeError(f"there is no op {name!r}; {suggestion}")
     return names
-
-
-def _token_counts(text: str) -> tuple[int, ...]:
-    try:
-        counts = tuple(map(positive, text.split(",")))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 up, like 1,8,64") from None
-    return counts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,32 @@ def check_drawable() -> None:
         raise NoMatplotlib('a plot needs matplotlib: pip install "dispatch-compile[bench]"')
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Microseconds by number of tokens, and how they are drawn."""
+
+    label: str
+    points: Sequence[tuple[int, float]]
+    style: Mapping[str, Any]
+
+
+# Curves by what is measured, and by what it is measured of: a row, and a column of the picture.
+Panels = Mapping[str, Mapping[str, Sequence[Curve]]]
+
+
 def draw(results: Results, path: Path) -> None:
-    """Write the picture; its format is that of the file name's ending.
+    """Write the picture; raises as :func:`draw_panels` does."""
+    ops = list(dict.fromkeys(case.op for case in results.cases))
+    device = results.settings.device
+    panels = {
+        f"{what_is_measured(kind, device)}, µs": {op: _curves(results, op, kind) for op in ops}
+        for kind in results.kinds
+    }
+    draw_panels(panels, title(results), path)
+
+
+def draw_panels(panels: Panels, subject: str, path: Path) -> None:
+    """Write a picture of these panels; its format is that of the file name's ending.
 
     Raises:
         NoMatplotlib: matplotlib is not installed.
@@ -73,39 +99,48 @@ def draw(results: Results, path: Path) -> None:
     check_drawable()
     from matplotlib.figure import Figure  # takes a second
 
-    ops = list(dict.fromkeys(case.op for case in results.cases))
-    kinds = results.kinds
-    width, height = max(FEWEST_COLUMNS, len(ops)) * PANEL[0], len(kinds) * PANEL[1]
+    columns = list(next(iter(panels.values())))
+    width, height = max(FEWEST_COLUMNS, len(columns)) * PANEL[0], len(panels) * PANEL[1]
     figure = Figure(figsize=(width, height + MARGIN), layout="constrained")
-    panels = figure.subplots(len(kinds), len(ops), squeeze=False, sharex=True, sharey="row")
-    for row, kind in zip(panels, kinds, strict=True):
-        what = what_is_measured(kind, results.settings.device)
-        row[0].set_ylabel(f"{what}, µs")
-        for panel, op in zip(row, ops, strict=True):
-            _draw_panel(panel, results, op, kind)
-    for panel, op in zip(panels[0], ops, strict=True):
-        panel.set_title(op)
-    for panel in panels[-1]:
+    grid = figure.subplots(len(panels), len(columns), squeeze=False, sharex=True, sharey="row")
+    for row, (what, of_columns) in zip(grid, panels.items(), strict=True):
+        row[0].set_ylabel(what)
+        for panel, curves in zip(row, of_columns.values(), strict=True):
+            _draw_panel(panel, curves)
+    for panel, column in zip(grid[0], columns, strict=True):
+        panel.set_title(column)
+    for panel in grid[-1]:
         panel.set_xlabel("tokens")
-    figure.suptitle(f"Lower is better. {title(results)}", fontsize="medium")
+    figure.suptitle(f"Lower is better. {subject}", fontsize="medium")
     handles = {
-        label: line for panel in panels.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        label: line for panel in grid.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    columns = int(width // LEGEND_ENTRY)
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize="small"
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=int(width // LEGEND_ENTRY),
+        frameon=False,
+        fontsize="small",
     )
     figure.savefig(path, dpi=DPI)
 
 
-def _draw_panel(panel: Any, results: Results, op: str, kind: str) -> None:
+def _curves(results: Results, op: str, kind: str) -> list[Curve]:
     cases = [case for case in results.cases if case.op == op]
+    curves = []
     for peer in shown_peers(cases, kind, results.settings.device):
         points = [(case.tokens, time) for case in cases if (time := case.time(peer, kind)) is not None]
-        panel.plot(*zip(*points, strict=True), label=LABELS.get(peer, peer), markersize=5, **STYLES[peer])
+        curves.append(Curve(LABELS.get(peer, peer), points, STYLES[peer]))
+    return curves
+
+
+def _draw_panel(panel: Any, curves: Sequence[Curve]) -> None:
+    for curve in curves:
+        panel.plot(*zip(*curve.points, strict=True), label=curve.label, markersize=5, **curve.style)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
-    tokens = [case.tokens for case in cases]
+    tokens = sorted({tokens for curve in curves for tokens, _ in curve.points})
     panel.set_xticks(tokens, labels=map(str, tokens), fontsize="small")
     panel.minorticks_off()
     panel.yaxis.set_major_formatter("{x:g}")

@@ -114,8 +114,7 @@ class Results:
         return tuple(dict.fromkeys(kind for case in self.cases for peer in case.peers.values() for kind in peer.times))
 
     def to_json(self) -> str:
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
-        return _NUMBERS.sub(lambda match: " ".join(match[0].split()), text) + "\n"
+        return json_text(SCHEMA, asdict(self))
 
     def only(self, ops: tuple[str, ...] | None, tokens: tuple[int, ...] | None) -> Results:
         """The part on these ops and token counts; None stands for all."""
@@ -132,6 +131,12 @@ class Results:
             {op: counts for op, counts in self.compilations.items() if op in names},
             {op: times for op, times in self.compile_times.items() if op in names},
         )
+
+
+def json_text(schema: int | str, results: dict[str, Any]) -> str:
+    """What :func:`read_json` reads."""
+    text = json.dumps({"schema": schema, **results}, indent=1)
+    return _NUMBERS.sub(lambda match: " ".join(match[0].split()), text) + "\n"
 
 
 def read(path: Path) -> Results:
