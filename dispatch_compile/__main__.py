@@ -33,6 +33,9 @@ COMMANDS = {
         "dispatch_compile.bench.vllm_bodies.cli",
         "time per call of opaque ops' bodies with vLLM's layers: eager, as vLLM runs them today, and ours",
     ),
+    "numerics": Command(
+        "dispatch_compile.bench.numerics", "how far compiled results are from eager ones, and what their bits cost"
+    ),
 }
 
 

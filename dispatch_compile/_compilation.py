@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ._bitwise import inexact_ops
 from ._capture import CannotCapture, Captured, Layout, StepAside, capture, first_line, result_layouts
 from ._config import CompileConfig
 from ._difference import Components, components_of, in_names
@@ -185,7 +186,9 @@ def _compile(captured: Captured, config: CompileConfig) -> Code:
         owner = _program_of_nothing(captured.outputs)
         run = owner.load()
     elif config.backend == "inductor":
-        owner = inductor_compile(captured.graph, captured.inputs, {**options_for(captured), **config.options})
+        whole = inexact_ops(captured.graph) if config.bitwise else None
+        options = {**options_for(captured, whole), **config.options}
+        owner = inductor_compile(captured.graph, captured.inputs, options, whole or ())
         run = owner.run
     else:
         backend = lookup_backend(config.backend) if isinstance(config.backend, str) else config.backend

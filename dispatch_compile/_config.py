@@ -24,6 +24,10 @@ class CompileConfig:
             ``(graph_module, example_inputs) -> callable``.
         options: Inductor options (see ``torch._inductor.list_options()``), as one would give them to
             ``torch.compile(options=...)``. Only for ``backend="inductor"``.
+        bitwise: whether results are to have the bits of the eager ones. Inductor then fuses only what IEEE 754 defines
+            to the last bit, rounds where eager does, and calls ATen's kernels for the rest: sums, exp, tanh and their
+            like. ``docs/numerics.md`` says what that costs, and what remains. Only for ``backend="inductor"``;
+            ``options`` come on top.
         providers: providers whose implementations may be compiled. A call for which the op's priority
             chooses any other provider passes untouched.
         on_failure: what to do with an implementation that cannot be captured or compiled: ``"raise"``
@@ -38,13 +42,14 @@ class CompileConfig:
             leave no mark, so which one that is, is only roughly known.
 
     Raises:
-        ValueError: an unknown option, backend, ``on_failure`` or ``eviction``; options for another backend; a
-            ``max_specializations`` below 1.
+        ValueError: an unknown option, backend, ``on_failure`` or ``eviction``; options or ``bitwise`` for another
+            backend; a ``max_specializations`` below 1.
         TypeError: an argument of the wrong type.
     """
 
     backend: str | Callable[..., Any]
     options: Mapping[str, Any]
+    bitwise: bool
     providers: tuple[str, ...]
     on_failure: str
     background: bool
@@ -57,6 +62,7 @@ class CompileConfig:
         *,
         backend: str | Callable[..., Any] = "inductor",
         options: Mapping[str, Any] | None = None,
+        bitwise: bool = False,
         providers: Iterable[str] = ("native",),
         on_failure: str = "raise",
         background: bool = False,
@@ -65,8 +71,9 @@ class CompileConfig:
     ) -> None:
         if on_failure not in ON_FAILURE:
             raise ValueError(f"CompileConfig: on_failure must be one of {ON_FAILURE}, not {on_failure!r}")
-        if not isinstance(background, bool):
-            raise TypeError(f"CompileConfig: background must be True or False, not {background!r}")
+        for name, value in (("bitwise", bitwise), ("background", background)):
+            if not isinstance(value, bool):
+                raise TypeError(f"CompileConfig: {name} must be True or False, not {value!r}")
         if not isinstance(max_specializations, int) or isinstance(max_specializations, bool):
             raise TypeError(f"CompileConfig: max_specializations must be a number, not {max_specializations!r}")
         if max_specializations < 1:
@@ -76,12 +83,15 @@ class CompileConfig:
         set_field = object.__setattr__  # the class is frozen
         set_field(self, "backend", _checked_backend(backend))
         set_field(self, "options", MappingProxyType(_checked_options(options, backend)))
+        if bitwise and backend != "inductor":
+            raise ValueError(f"CompileConfig: bitwise is for Inductor, but the backend is {backend!r}")
+        set_field(self, "bitwise", bitwise)
         set_field(self, "providers", _checked_providers(providers))
         set_field(self, "on_failure", on_failure)
         set_field(self, "background", background)
         set_field(self, "max_specializations", max_specializations)
         set_field(self, "eviction", eviction)
-        set_field(self, "_identity", (backend, _frozen(self.options), self.providers, on_failure))
+        set_field(self, "_identity", (backend, _frozen(self.options), bitwise, self.providers, on_failure))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CompileConfig):

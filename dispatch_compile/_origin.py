@@ -62,7 +62,7 @@ def origin_of(overload: OpOverload, impl: Impl, config: CompileConfig) -> Origin
         op=overload._schema.name,
         provider=impl.provider,
         implementation=digest(_Description().of(function, "the implementation")),
-        options=_Description().of(dict(sorted(config.options.items())), "options"),
+        options=_Description().of((config.bitwise, dict(sorted(config.options.items()))), "options"),
         settings=_settings(),
     )
 

@@ -11,7 +11,7 @@ import marshal
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from importlib.machinery import ExtensionFileLoader
@@ -64,6 +64,7 @@ __all__ = [
     "all_op_names",
     "compile_lock",
     "compile_lock_if_imported",
+    "compile_node",
     "cpp_kernel_library",
     "decomposes",
     "dispatch_modes_active",
@@ -73,6 +74,7 @@ __all__ = [
     "forget_inductors_threads",
     "generated_module",
     "global_state",
+    "graph_pass",
     "guard_functions",
     "has_kernel",
     "has_schema",
@@ -257,18 +259,49 @@ class InductorCode:
         self.path: str = get_path(code.cache_key, "py")[2]
 
 
-def inductor_compile(graph: torch.fx.GraphModule, inputs: list[Any], options: Mapping[str, Any]) -> InductorCode:
+def compile_node(node: torch.fx.Node) -> None:
+    """Let Inductor compile a node although the option ``fallback_by_default`` makes it call ATen's kernels. What
+    ``torch.fx.traceback.annotate`` does for the nodes of a region, under the name that Inductor looks for."""
+    node.meta["custom"] = {**node.meta.get("custom", {}), "compile_with_inductor": {}}
+
+
+def graph_pass(run: Callable[[torch.fx.Graph], None], source: str) -> Any:
+    """A pass over graphs for Inductor's options, whose cache on disk goes by the text of the file ``source``. Of the
+    classes that the options' documentation asks for, only torch._inductor has one."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            run(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((source,))
+
+    return Pass()
+
+
+def inductor_compile(
+    graph: torch.fx.GraphModule,
+    inputs: list[Any],
+    options: Mapping[str, Any],
+    whole: Collection[OpOverload] = (),
+) -> InductorCode:
     """Compile a graph whose outputs are fresh tensors and which changes no input.
 
-    ``torch._inductor.standalone_compile`` is the public way, but its artifact costs more per call than the code.
+    ``torch._inductor.standalone_compile`` is the public way, but its artifact costs more per call than the code, and
+    it decomposes every op that it can; this leaves those in ``whole`` as they are.
     """
     from torch._functorch import config as functorch_config
     from torch._guards import TracingContext, tracing
+    from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
 
     compiled: list[tuple[Any, int, int]] = []
 
     def inner_compile(graph: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        # From torch 2.13 on; Inductor's cache on disk takes no code that was made with a table of its own.
+        kwargs.pop("get_decomp_fn", None)
         code = compile_fx_inner(graph, inputs, **kwargs)
         compiled.append((code, len(inputs), _output_count(graph)))
         return code
@@ -278,9 +311,11 @@ def inductor_compile(graph: torch.fx.GraphModule, inputs: list[Any], options: Ma
     with (
         tracing(TracingContext(fake_mode)),
         functorch_config.patch(enable_autograd_cache=False),  # a hit there skips inner_compile
+        inductor_config.patch(dict(options)),
         torch.no_grad(),
     ):
-        compile_fx(graph, inputs, inner_compile=inner_compile, config_patches=dict(options))
+        decompositions = {op: parts for op, parts in select_decomp_table().items() if op not in whole}
+        compile_fx(graph, inputs, inner_compile, dict(options), decompositions if whole else None)
     if [tuple(counts) for _, *counts in compiled] != [expected]:
         raise RuntimeError(f"AOTAutograd changed the graph's {expected[0]} inputs or {expected[1]} outputs: {compiled}")
     return InductorCode(compiled[0][0])

@@ -52,6 +52,8 @@ def test_only_keywords():
         ({"options": {"qqqqq": 1}}, ValueError, "Inductor has no option 'qqqqq'$"),
         ({"options": ["max_autotune"]}, TypeError, "options must be a mapping, not list"),
         ({"options": {"max_autotune": True}, "backend": "eager"}, ValueError, "options are Inductor's, but .* 'eager'"),
+        ({"bitwise": 1}, TypeError, "bitwise must be True or False, not 1"),
+        ({"bitwise": True, "backend": "eager"}, ValueError, "bitwise is for Inductor, but the backend is 'eager'"),
         ({"providers": "native"}, TypeError, r"providers is a list of names; write providers=\('native',\)"),
         ({"providers": ["native", 1]}, TypeError, "providers must be strings, not 1"),
     ],
@@ -69,7 +71,8 @@ def backend(graph, inputs):
 
 
 EQUAL = [
-    ({}, {"backend": "inductor", "options": {}, "providers": ["native"], "on_failure": "raise"}),
+    ({}, {"backend": "inductor", "options": {}, "bitwise": False, "providers": ["native"]}),
+    ({}, {"on_failure": "raise"}),
     ({"options": {"max_autotune": True, "cpp.simdlen": 8}}, {"options": {"cpp.simdlen": 8, "max_autotune": True}}),
     ({"options": {"max-autotune": True}}, {"options": {"max_autotune": True}}),
     ({"backend": backend}, {"backend": backend}),
@@ -81,6 +84,7 @@ DIFFERENT = [
     ({"options": {"max_autotune": True}}, {}),
     ({"options": {"cpp.simdlen": 8}}, {"options": {"cpp.simdlen": 8.0}}),
     ({"options": {"cpp.simdlen": None}}, {}),
+    ({"bitwise": True}, {}),
     ({"backend": "eager"}, {"backend": "aot_eager"}),
     ({"backend": backend}, {"backend": lambda graph, inputs: graph}),
     ({"providers": ["a", "b"]}, {"providers": ["b", "a"]}),

@@ -176,6 +176,7 @@ def test_options_are_part_of_it():
     )
     assert len({plain, tuned, patient}) == 3
     assert plain.implementation == tuned.implementation
+    assert origin(defined(PLAIN), bitwise=True) != plain
     in_other_order = [
         origin(defined(PLAIN), options=dict(items))
         for items in ([("cpp.threads", 1), ("debug", False)], [("debug", False), ("cpp.threads", 1)])

@@ -15,9 +15,8 @@ from dispatch_compile.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(
-    r"^<!-- (bench|passthrough|vllm-bodies):(\w+)(.*?) -->\n(.*?)^<!-- /\1 -->$", re.MULTILINE | re.DOTALL
-)
+COMMANDS = "bench|passthrough|restart|numerics|vllm-bodies"
+BLOCK = re.compile(rf"^<!-- ({COMMANDS}):(\w+)(.*?) -->\n(.*?)^<!-- /\1 -->$", re.MULTILINE | re.DOTALL)
 MEASURED = [
     ("bench", "cpu"),
     ("bench", "cpu_small"),
@@ -26,6 +25,8 @@ MEASURED = [
     ("passthrough", "passthrough_cpu"),
     ("passthrough", "passthrough_h100"),
     ("vllm-bodies", "vllm_bodies_h100"),
+    ("numerics", "numerics_cpu"),
+    ("numerics", "numerics_h100"),
 ]
 DRAWN = {"bench": "README.md", "vllm-bodies": "docs/vllm_bodies.md"}  # and where the pictures are shown
 

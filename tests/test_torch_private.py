@@ -350,6 +350,29 @@ def test_inductor():
     assert Path(code.path).read_text() == code.source
 
 
+@covers("compile_node", "graph_pass")
+def test_aten_is_called_for_all_that_is_not_marked():
+    def mark(graph: torch.fx.Graph) -> None:
+        [product] = graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+        private.compile_node(product)
+        marked.append(product.target)
+
+    marked: list[object] = []
+    graph_pass = private.graph_pass(mark, source=__file__)
+    assert graph_pass.uuid() == private.graph_pass(mark, source=__file__).uuid()
+    assert graph_pass.uuid() != private.graph_pass(mark, source=private.__file__).uuid()
+
+    with private.new_fake_mode(private.new_shape_env()):
+        x = torch.empty(4, 3)
+    graph = private.trace(lambda x: [torch.nn.functional.silu(x) * 2], [x])
+    options = {"fallback_by_default": True, "post_grad_custom_post_pass": graph_pass, "fx_graph_cache": False}
+    code = private.inductor_compile(graph, [x], options, whole=[torch.ops.aten.silu.default])
+    assert marked == [torch.ops.aten.mul.Tensor]
+    assert re.findall(r"torch\.ops\.aten\.\w+\.\w+\(", code.source) == ["torch.ops.aten.silu.default("]
+    values = torch.randn(4, 3)
+    assert torch.equal(code.run([values])[0], torch.nn.functional.silu(values) * 2)
+
+
 @covers("hide_from_dynamo")
 def test_hidden_from_dynamo():
     def hidden(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,22 @@ class Inputs:
         """Latent and rotary parts with as many heads as fill ``hidden`` with their latent parts."""
         tokens, heads = self.sizes.tokens, self.sizes.hidden // LATENT
         return self.normal(tokens, heads, LATENT), self.normal(tokens, heads, ROPE)
+
+
+class RoughInputs(Inputs):
+    """Makes inputs that no model should: rows in turn of all magnitudes whose squares the dtype holds; of numbers about
+    its smallest, zeros of both signs among them; of unit size; and of unit size, infinities and NaN among them."""
+
+    def normal(self, *shape: int) -> Tensor:
+        unit, limits = super().normal(*shape), torch.finfo(self.sizes.dtype)
+        uniform = torch.rand(shape, generator=self._random, device=self.sizes.device)
+        lowest, highest = (0.5 * math.log2(limit) for limit in (limits.smallest_normal, limits.max))
+        wide = unit.sign() * (lowest + (highest - lowest) * uniform).exp2()
+        tiny = unit * uniform.round() * limits.smallest_normal
+        special = unit.masked_fill(uniform < 2e-4, math.inf).masked_fill(uniform < 1e-4, math.nan)
+        kinds = torch.stack([kind.to(unit.dtype).reshape(-1, shape[-1]) for kind in (wide, tiny, unit, special)])
+        rows = torch.arange(kinds.shape[1], device=unit.device)
+        return kinds[rows % len(kinds), rows].view(shape)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def run(settings: Settings, with_vllm: bool, progress: Progress) -> Results:
     compilations = {}
     with torch.inference_mode():
         for name in settings.ops:
-            with _unwatched(CASES[name].op) as eager:
+            with unwatched(CASES[name].op) as eager:
                 ways = contenders(CASES[name], eager.torch_op, settings.device, with_vllm)
                 for tokens in settings.tokens:
                     cases.append(_measure_case(CASES[name], tokens, settings, ways, eager.torch_op, progress))
@@ -47,7 +47,7 @@ def run(settings: Settings, with_vllm: bool, progress: Progress) -> Results:
 
 
 @contextmanager
-def _unwatched(op: IrOp) -> Iterator[IrOp]:
+def unwatched(op: IrOp) -> Iterator[IrOp]:
     """The op under another name: while a mode that selects an op exists, the op's calls outside are dearer, too."""
     twin = register_op(name=f"{op.name}_eager", activations=op.activations)(op.impls["native"].impl_fn)
     try:

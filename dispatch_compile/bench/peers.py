@@ -96,12 +96,12 @@ class Calling(Contender):
 
 
 class Ours(Contender):
-    """The op inside a ``DispatchCompileMode`` with these Inductor options."""
+    """The op inside a ``DispatchCompileMode`` with this configuration."""
 
-    def __init__(self, name: str, op: IrOp, options: Mapping[str, Any] | None = None, fewest_tokens: int = 0) -> None:
+    def __init__(self, name: str, op: IrOp, config: CompileConfig | None = None, fewest_tokens: int = 0) -> None:
         super().__init__(name, fewest_tokens)
         self.op = op
-        self.mode = DispatchCompileMode(ops=[op], config=CompileConfig(options=options))
+        self.mode = DispatchCompileMode(ops=[op], config=config)
 
     def peer(self, rotation: Sequence[Arguments]) -> Peer:
         return Peer(self.name, self.op.torch_op, rotation, self.mode, compiled=True)
@@ -243,10 +243,11 @@ def contenders(case: Case, eager: Callable[..., Any], device: str, with_vllm: bo
     if device == "cuda":
         # Tuning is for many tokens. For one it would compile once more, and gain nothing.
         tuned, multi_kernel = {"coordinate_descent_tuning": True}, {"triton.multi_kernel": 1}
-        found.append(Ours(TUNED, op, tuned, fewest_tokens=2))
+        found.append(Ours(TUNED, op, CompileConfig(options=tuned), fewest_tokens=2))
         if case.reduces:
-            found.append(Ours(MULTI_KERNEL, op, multi_kernel, fewest_tokens=2))
-            found.append(Ours(TUNED_MULTI_KERNEL, op, {**tuned, **multi_kernel}, fewest_tokens=2))
+            both = {**tuned, **multi_kernel}
+            found.append(Ours(MULTI_KERNEL, op, CompileConfig(options=multi_kernel), fewest_tokens=2))
+            found.append(Ours(TUNED_MULTI_KERNEL, op, CompileConfig(options=both), fewest_tokens=2))
     return [*found, Copy(eager)]
 
 

@@ -1,0 +1,129 @@
+"""How far compiled results are from eager ones, and what their bits cost: ``python -m dispatch_compile numerics``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from dispatch_compile import CompileConfig
+
+from . import numerics_results as results
+from . import timing
+from .arguments import DEVICES, available, positive
+from .cases import CASES, DTYPES, Case, Inputs, Sizes, tensors
+from .measure import unwatched
+from .numerics_results import BITWISE, DEFAULT, Results, Row
+from .peers import EAGER, Calling, Ours, Peer
+from .progress import Progress
+from .proof import Broken
+from .results import BadResults, describe_machine
+from .ulps import Distance
+
+TOKENS = (7, 1024)
+HIDDEN = 4096
+ROUNDS = 9
+
+DESCRIPTION = """\
+What share of the results of compiled code have the bits of the eager ones, how far apart the others are, in units in
+the last place (ULPs) of the result's dtype, and how long the calls take: with CompileConfig() and with
+CompileConfig(bitwise=True), over the ops that ship with the package, for inputs of unit size and for rough ones
+(all magnitudes, subnormal numbers, zeros of both signs, infinities, NaN).
+
+The table goes to stdout, progress to stderr.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, or show the results of an earlier run.
+
+    Returns:
+        The exit status.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        if options.from_json is not None:
+            found = results.read(options.from_json)
+        else:
+            found = run(available(options.device, parser), options.hidden)
+        if options.json is not None:
+            options.json.write_text(found.to_json())
+    except (OSError, BadResults) as error:
+        parser.error(str(error))
+    print(results.markdown(found) if options.markdown else results.text(found))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dispatch_compile numerics",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=DEVICES, help="default: cuda if there is one")
+    parser.add_argument(
+        "--hidden", type=positive, default=HIDDEN, metavar="N", help="the inputs' width (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
+    parser.add_argument("--markdown", action="store_true", help="print a table for a document")
+    parser.add_argument(
+        "--from-json", type=Path, metavar="FILE", help="measure nothing, and show what an earlier run wrote with --json"
+    )
+    return parser
+
+
+def run(device: str, hidden: int) -> Results:
+    """Measure every case in every dtype, on one CPU thread."""
+    torch.set_num_threads(1)
+    progress = Progress()
+    progress.expect(len(CASES) * len(DTYPES))
+    rows = []
+    try:
+        with torch.inference_mode():
+            for name, case in CASES.items():
+                for dtype in DTYPES:
+                    progress.show(f"{name}, {dtype}")
+                    rows.append(_row(case, dtype, device, hidden))
+                    progress.step()
+    finally:
+        progress.close()
+    return Results(describe_machine(device), device, torch.get_num_threads(), TOKENS, hidden, tuple(rows))
+
+
+def _row(case: Case, dtype: str, device: str, hidden: int) -> Row:
+    with unwatched(case.op) as eager:
+        ways = [Ours(DEFAULT, case.op), Ours(BITWISE, case.op, CompileConfig(bitwise=True))]
+        sizes = [Sizes(tokens, hidden, DTYPES[dtype], device) for tokens in TOKENS]
+        distances = {
+            way.name: {
+                kind: Distance.greatest(_distances(way, eager.torch_op, case, map(inputs, sizes)))
+                for kind, inputs in results.KINDS_OF_INPUTS.items()
+            }
+            for way in ways
+        }
+        rotation = [case.arguments(Inputs(sizes[-1]))]
+        times = _times([way.peer(rotation) for way in (Calling(EAGER, eager.torch_op), *ways)], device)
+    return Row(case.op.name, dtype, distances, times)
+
+
+def _distances(way: Ours, eager: Callable[..., Any], case: Case, inputs: Iterator[Inputs]) -> Iterator[Distance]:
+    for make in inputs:
+        arguments = case.arguments(make)
+        expected, hits = tensors(eager(*arguments)), way.mode.cache.stats().hits
+        with way.mode:
+            actual = tensors(way.op.torch_op(*arguments))
+        if way.mode.cache.stats().hits != hits + 1:
+            raise Broken(f"{way.name}: {case.op.name} did not run compiled")
+        yield Distance.between(actual, expected)
+
+
+def _times(peers: Sequence[Peer], device: str) -> dict[str, dict[str, float]]:
+    """Microseconds per call, medians, by kind of time and peer."""
+    samples = timing.measure(peers, timing.timer(device), ROUNDS, each_round=lambda: None)
+    kinds = samples[EAGER]
+    return {kind: {peer.name: round(median(samples[peer.name][kind]) * 1e6, 3) for peer in peers} for kind in kinds}
