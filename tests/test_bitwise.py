@@ -174,7 +174,8 @@ def test_what_a_gpu_does_not_compute_by_definition_is_equal_for_every_float32(de
     for start in range(-(2**31), 2**31, count):
         bits = torch.arange(start, start + count, device="cuda").to(torch.int32)
         assert set(differences(mode, op, bits.view(FP32))) == {EQUAL}
-    assert "torch.ops.aten." not in specializations(mode, op)[0].code.source
+    without_comments = re.sub(r"#.*", "", specializations(mode, op)[0].code.source)
+    assert "torch.ops.aten." not in without_comments
 
 
 # ---- What is compiled and what is not
