@@ -36,6 +36,9 @@ COMMANDS = {
     "numerics": Command(
         "dispatch_compile.bench.numerics", "how far compiled results are from eager ones, and what their bits cost"
     ),
+    "soak": Command(
+        "dispatch_compile.bench.soak", "many threads, many kinds of calls: is everything right, does it last?"
+    ),
 }
 
 

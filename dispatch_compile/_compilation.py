@@ -19,7 +19,14 @@ from ._ir import Impl
 from ._origin import Origin
 from ._programs import Program, Run
 from ._specialization import Arguments, GuardedCall, guarded, with_tokens, within_shapes
-from ._torch_private import InductorCode, OpOverload, guard_functions, inductor_compile, lookup_backend
+from ._torch_private import (
+    InductorCode,
+    OpOverload,
+    forget_shape_envs,
+    guard_functions,
+    inductor_compile,
+    lookup_backend,
+)
 
 # The number of tokens that code is tuned for. Taken from the first call, it would depend on which call comes first,
 # and code tuned for a few tokens is slow at many: on a CPU it runs on one core, and on an H100 silu_and_mul took
@@ -102,6 +109,8 @@ def specialize(
         raise CannotCompile(
             f"{_what(overload, impl)} cannot be compiled with {config.backend!r}: {first_line(error)}"
         ) from error
+    finally:
+        forget_shape_envs()
     return Specialization.of(code, arguments, origin)
 
 
@@ -118,6 +127,8 @@ def foresee(overload: OpOverload, impl: Impl, arguments: Arguments) -> Specializ
         return Specialization(None, components, failure=str(reason))
     except CannotCapture as error:
         raise _not_captured(overload, impl, error) from error.__cause__
+    finally:
+        forget_shape_envs()
     code = _code(captured, captured.guards(), _not_compiled)
     return Specialization(code, components, in_names(code.shape_guard, arguments))
 

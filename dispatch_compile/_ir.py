@@ -11,6 +11,7 @@ import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, overload
 
 import torch
@@ -123,16 +124,16 @@ class IrOp:
         self.__doc__ = inspect.getdoc(native)
         self.__name__ = name
 
-        inplace_schema = self._inplace_schema(native) if allow_inplace else None
-        self._library = Library(NAMESPACE, "FRAGMENT")
-        self.torch_op = self._define(name, self._schema, self._run_functional)
+        schemas = {name: self._schema}
+        if allow_inplace:
+            schemas[f"{name}.maybe_inplace"] = self._inplace_schema(native)
+        self._library = _library_with(name, schemas)
+        self.torch_op = self._implement(name, self._run_functional)
         self.maybe_inplace: MaybeInplace | None = None
-        if inplace_schema is not None:
-            overload = self._define(f"{name}.maybe_inplace", inplace_schema, self._run_maybe_inplace)
-            self.maybe_inplace = MaybeInplace(self, overload)
+        if allow_inplace:
+            self.maybe_inplace = MaybeInplace(self, self._implement(f"{name}.maybe_inplace", self._run_maybe_inplace))
 
-    def _define(self, qualified: str, schema: str, kernel: Callable[..., Any]) -> OpOverload:
-        self._library.define(qualified + schema)
+    def _implement(self, qualified: str, kernel: Callable[..., Any]) -> OpOverload:
         # CompositeExplicitAutograd keeps the op whole under export and AOTAutograd, and differentiable in eager.
         self._library.impl(qualified, _weakly(kernel), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", _weakly(self._run_fake), lib=self._library)
@@ -321,7 +322,8 @@ def register_op(
 
     Raises:
         ValueError: the name is taken or malformed, the signature has no torch schema or keyword-only
-            parameters, an activation is not a parameter, or ``allow_inplace`` does not fit the results.
+            parameters, an activation is not a parameter, ``allow_inplace`` does not fit the results, or an op of this
+            name that had ``allow_inplace`` was unregistered and had another schema.
     """
 
     def decorate(native: Callable[..., Any]) -> IrOp:
@@ -331,6 +333,43 @@ def register_op(
         return op
 
     return decorate if fn is None else decorate(fn)
+
+
+@dataclass(frozen=True)
+class _Definitions:
+    schemas: dict[str, str]  # by name, or "name.overload"
+    library: Library
+
+
+# Ops with two overloads stay defined when they are unregistered. torch's JIT tells operators apart by the types and
+# names of their parameters alone, in which the overloads do not differ, so when both go it forgets one and keeps a
+# pointer to the other: looking up an op by the same name then crashes (seen on 2.11 to 2.15).
+_kept_definitions: dict[str, _Definitions] = {}
+
+
+def _library_with(name: str, schemas: dict[str, str]) -> Library:
+    """A library to put the kernels of an op in, which is defined now. The definition goes with it, if it can.
+
+    Raises:
+        ValueError: the op is defined for good, with another schema.
+    """
+    library = Library(NAMESPACE, "FRAGMENT")
+    kept = _kept_definitions.get(name)
+    if kept is None:
+        for qualified, schema in schemas.items():
+            library.define(qualified + schema)
+        if len(schemas) == 1:
+            return library
+        _kept_definitions[name] = _Definitions(schemas, library)
+        return Library(NAMESPACE, "FRAGMENT")
+    for qualified, schema in schemas.items():
+        if kept.schemas[qualified] != schema:
+            raise ValueError(
+                f"register_op: {name}: an op of this name was registered with allow_inplace=True and unregistered, and "
+                f"torch cannot change its schema; use another name, or start the process anew\n"
+                f"  before: {qualified}{kept.schemas[qualified]}\n  now: {qualified}{schema}"
+            )
+    return library
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,13 +11,14 @@ import marshal
 import os
 import re
 import sys
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, suppress
+from contextvars import ContextVar, copy_context
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +73,7 @@ __all__ = [
     "dual_level",
     "dynamic_size",
     "forget_inductors_threads",
+    "forget_shape_envs",
     "generated_module",
     "global_state",
     "graph_pass",
@@ -188,6 +190,16 @@ def new_shape_env() -> Any:
     return ShapeEnv()
 
 
+def forget_shape_envs() -> None:
+    """Free the ShapeEnvs of captures that are over: torch keeps each, 40 KB, as a key of caches without a bound, and
+    empties these only when one comes along that knows more or less than the last."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
+
+
 def new_fake_mode(shape_env: Any | None) -> Any:
     """A FakeTensorMode, with symbols or without, that refuses real tensors: an implementation reads its arguments."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -251,12 +263,26 @@ class InductorCode:
     """Inductor's code for a graph, called below the wrappers that torch.compile puts around it."""
 
     def __init__(self, code: Any) -> None:
-        from torch._inductor.codecache import get_path  # the code itself knows the name of its file, but not the folder
+        from torch._inductor.codecache import PyCodeCache, get_path
 
         self._code = code  # its finalizer takes the callable apart
         self.run: Callable[[list[Any]], Sequence[torch.Tensor]] = code.current_callable
         self.source: str = code.source_code
-        self.path: str = get_path(code.cache_key, "py")[2]
+        self.path: str = get_path(code.cache_key, "py")[2]  # the code itself knows the name, but not the folder
+        for module in [module for module in PyCodeCache.modules if module.__file__ == self.path][-1:]:
+            weakref.finalize(self, _forget_module, module).atexit = False
+
+
+def _forget_module(module: ModuleType) -> None:
+    """Free a module that Inductor generated: it loads one for each compilation, also of code that it has, and keeps
+    them all. Only ``PyCodeCache.cache_clear`` lets go of them, of all at once."""
+    from torch._inductor.codecache import PyCodeCache
+
+    with suppress(ValueError):  # somebody may have cleared the cache
+        PyCodeCache.modules.remove(module)
+    if sys.modules.get(module.__name__) is module:  # else code that was loaded later goes by the name
+        del sys.modules[module.__name__]
+        PyCodeCache.linemaps.pop(module.__file__, None)
 
 
 def compile_node(node: torch.fx.Node) -> None:
@@ -291,6 +317,13 @@ def inductor_compile(
     ``torch._inductor.standalone_compile`` is the public way, but its artifact costs more per call than the code, and
     it decomposes every op that it can; this leaves those in ``whole`` as they are.
     """
+    # Each patch of a torch config leaves a variable in the context that it was applied in: not the thread's own.
+    return copy_context().run(_inductor_compile, graph, inputs, options, whole)
+
+
+def _inductor_compile(
+    graph: torch.fx.GraphModule, inputs: list[Any], options: Mapping[str, Any], whole: Collection[OpOverload]
+) -> InductorCode:
     from torch._functorch import config as functorch_config
     from torch._guards import TracingContext, tracing
     from torch._inductor import config as inductor_config

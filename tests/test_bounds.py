@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextvars import copy_context
 
 import pytest
 import torch
@@ -67,24 +71,75 @@ def test_what_is_dropped_is_freed(counted):
     assert code() is None
 
 
-def test_ops_that_come_and_go_leave_nothing():
-    def passing(x: Tensor) -> Tensor:
-        return x * 2 + 1
+class Counts:
+    """How much there is of what must not pile up, by type, and of anything."""
 
-    mode = dc.DispatchCompileMode(config=EAGER)
-    counts = []
-    for batch in range(2):
-        for number in range(200 if batch else 20):
-            op = dc.register_op(passing, name=f"passing_{number}")
-            with mode:
-                op(torch.ones(2, 3))
-            op.unregister()
-        del op
+    PILING_UP = frozenset(
+        "Code FakeTensor FakeTensorMode Graph Guarded IrOp IrOpImpl Library Parameters Route ShapeEnv Specialization "
+        "SymNode Table Tensor".split()
+    )
+
+    def __init__(self) -> None:
         gc.collect()
-        kinds = ("Specialization", "Code", "Table", "Route", "IrOp", "Guarded")
-        counts.append(sum(type(thing).__name__ in kinds for thing in gc.get_objects()))
-    assert counts[1] <= counts[0] + 5
+        names = [type(thing).__name__ for thing in gc.get_objects()]
+        self.anything = len(names)
+        self.by_type = Counter(name for name in names if name in self.PILING_UP)
+
+
+def come_and_go(mode: dc.DispatchCompileMode, native: Callable[..., Tensor], names: Iterable[str]) -> None:
+    """Register an op for each name, call it in the mode, and drop it."""
+    for name in names:
+        op = dc.register_op(native, name=name)
+        with mode:
+            op(torch.ones(2, 3))
+        op.unregister()
+
+
+def negative(x: Tensor) -> Tensor:
+    return -x
+
+
+def test_a_thousand_ops_that_come_and_go_leave_their_names():
+    """What is left of one are the kernels and the entries that torch keeps by name: some 50 small objects."""
+    mode = dc.DispatchCompileMode(config=EAGER)
+    come_and_go(mode, negative, [f"passing_{number}" for number in range(200)])
+    before = Counts()
+    come_and_go(mode, negative, [f"passing_{number}" for number in range(200, 1000)])
+    after = Counts()
+    assert mode.cache.stats().compiles == 1000
     assert len(mode.cache) == 0
+    assert sum((after.by_type - before.by_type).values()) <= 5, after.by_type - before.by_type
+    assert (after.anything - before.anything) / 800 < 80
+
+
+def test_inductors_modules_go_with_the_ops_that_they_were_made_for():
+    from torch._inductor.codecache import PyCodeCache
+
+    def counts() -> tuple[int, ...]:
+        gc.collect()
+        modules = sum(name.startswith("torch._inductor.runtime.compile_tasks.") for name in sys.modules)
+        return modules, len(PyCodeCache.modules), len(PyCodeCache.linemaps), len(copy_context())
+
+    mode = dc.DispatchCompileMode()
+    come_and_go(mode, negative, ["first"])
+    before, objects_before = counts(), Counts()
+    come_and_go(mode, negative, [f"equal_{number}" for number in range(20)])
+    after, objects_after = counts(), Counts()
+    assert mode.cache.stats().hits == 21
+    assert after == before
+    assert sum((objects_after.by_type - objects_before.by_type).values()) <= 5
+
+
+def test_code_goes_on_when_equal_code_is_dropped(define_ir_op):
+    stays, mode = define_ir_op(negative), dc.DispatchCompileMode()
+    with mode:
+        stays(torch.ones(2, 3))
+        for name in ("before", "after"):
+            come_and_go(mode, negative, [name])
+            gc.collect()
+            assert_same(stays(torch.ones(5, 3)), -torch.ones(5, 3))
+    assert mode.cache.stats() == dc.CacheStats(compiles=3, hits=5, fallbacks=0, asides=0)
+    assert len(mode.cache) == 1
 
 
 @pytest.mark.parametrize(

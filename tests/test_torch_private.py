@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import json
 import marshal
 import re
 import sys
+import weakref
 from contextlib import nullcontext
+from contextvars import copy_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -313,6 +316,21 @@ def test_sizes_that_depend_on_values():
         assert not private.size_depends_on_values((x, None, 3))
 
 
+@covers("forget_shape_envs")
+def test_shape_envs_are_forgotten():
+    def traced() -> weakref.ref:
+        shape_env = private.new_shape_env()
+        size = private.dynamic_size(shape_env, 4, "x")
+        assert bool(size == 4)
+        return weakref.ref(shape_env)
+
+    reference = traced()
+    gc.collect()
+    private.forget_shape_envs()
+    gc.collect()
+    assert reference() is None
+
+
 @covers("compile_lock", "compile_lock_if_imported")
 def test_compile_lock():
     with private.compile_lock(), private.compile_lock():
@@ -332,6 +350,8 @@ def test_inductors_threads():
 
 @covers("InductorCode", "inductor_compile")
 def test_inductor():
+    from torch._inductor.codecache import PyCodeCache
+
     shape_env = private.new_shape_env()
     size = private.dynamic_size(shape_env, 6, "t0")
     with private.new_fake_mode(shape_env):
@@ -341,13 +361,22 @@ def test_inductor():
         return [x * 2 + 1]
 
     graph = private.trace(fn, [size, x])
+    variables = set(copy_context())
     code = private.inductor_compile(graph, [size, x], {"size_asserts": False})
+    assert set(copy_context()) == variables
     assert isinstance(code, private.InductorCode)
     for tokens in (2, 6, 9):
         (result,) = code.run([tokens, torch.ones(tokens, 3)])
         assert result.tolist() == [[3.0] * 3] * tokens
     assert "def call(" in code.source
     assert Path(code.path).read_text() == code.source
+    loaded = [module for module in PyCodeCache.modules if module.__file__ == code.path]
+    assert loaded
+    assert sys.modules[loaded[-1].__name__] is loaded[-1]
+    del code
+    gc.collect()
+    assert loaded[-1] not in PyCodeCache.modules
+    assert sys.modules.get(loaded[-1].__name__) is not loaded[-1]
 
 
 @covers("compile_node", "graph_pass")

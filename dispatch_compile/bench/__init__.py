@@ -4,5 +4,6 @@
 for first calls, ``measure`` brings these together into a ``results.Results``, which ``report`` and ``plot`` show.
 ``cli`` is the command line. Commands of their own are ``breakdown``, where the time of an intercepted call goes;
 ``passthrough``, what the mode costs the calls that it does not intercept; ``restart``, how soon a new process runs what
-an earlier one compiled; ``numerics``, how far results are from eager ones; and ``vllm_bodies``, with vLLM's own layers.
+an earlier one compiled; ``numerics``, how far results are from eager ones; ``vllm_bodies``, with vLLM's own layers; and
+``soak``, which measures no times, but asks whether everything goes right, and on.
 """
