@@ -23,6 +23,7 @@ from ._counters import KINDS, CountersByOp, OpCounters, count_for
 from ._difference import difference
 from ._fork import freed_in_children
 from ._origin import CannotSave
+from ._postponed import Postponed
 from ._specialization import Arguments, GuardedCall
 from ._torch_private import OpOverload
 
@@ -71,6 +72,7 @@ class Table:
             readers need no lock.
         warned_of: the reasons that were warned of.
         dropped: whether the cache has let go of it. It stays empty then; what is under way for it is not kept.
+        postponed: the failure for which nothing is compiled for a while.
     """
 
     def __init__(self) -> None:
@@ -78,6 +80,7 @@ class Table:
         self.guarded: tuple[Guarded, ...] = ()
         self.warned_of: set[str] = set()
         self.dropped = False
+        self.postponed: Postponed | None = None
         self._by_key: dict[Hashable, list[Specialization]] = {}  # the latest used last, as far as is known
 
     @property

@@ -3,6 +3,7 @@ capture, Inductor (or another torch.compile backend), and the guards under which
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,15 +18,19 @@ from ._difference import Components, components_of, in_names
 from ._inductor_options import options_for
 from ._ir import Impl
 from ._origin import Origin
+from ._postponed import free_memory_of, may_pass
 from ._programs import Program, Run
 from ._specialization import Arguments, GuardedCall, guarded, with_tokens, within_shapes
 from ._torch_private import (
     InductorCode,
     OpOverload,
+    causes,
+    forget_failed_compilations,
     forget_shape_envs,
     guard_functions,
     inductor_compile,
     lookup_backend,
+    missing_compiler,
 )
 
 # The number of tokens that code is tuned for. Taken from the first call, it would depend on which call comes first,
@@ -39,6 +44,10 @@ BYTES_TO_TUNE_ON = 128 * 2**20
 
 class CannotCompile(Exception):
     """No code could be made; the message names op, implementation and cause."""
+
+
+class CannotCompileNow(CannotCompile):
+    """The same, for a reason that may pass."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ def specialize(
 
     Raises:
         CannotCompile: it cannot be captured, or the backend failed.
+        CannotCompileNow: the same, for lack of memory, disk space or the like.
     """
     try:
         code = _code_for(impl.func_impl_fn, arguments, config)
@@ -106,12 +116,42 @@ def specialize(
     except CannotCapture as error:
         raise _not_captured(overload, impl, error) from error.__cause__
     except Exception as error:
-        raise CannotCompile(
-            f"{_what(overload, impl)} cannot be compiled with {config.backend!r}: {first_line(error)}"
-        ) from error
+        raise cannot_compile(overload, impl, config, error) from error
     finally:
         forget_shape_envs()
     return Specialization.of(code, arguments, origin)
+
+
+def cannot_compile(overload: OpOverload, impl: Impl, config: CompileConfig, error: BaseException) -> CannotCompile:
+    """The error for an implementation that could not be compiled because of another error."""
+    what = f"{_what(overload, impl)} cannot be compiled with {config.backend!r}"
+    cause = "; ".join(filter(None, [first_line(error), _compilers_words(error), _advice(error)]))
+    if not may_pass(error):
+        return CannotCompile(f"{what}: {cause}")
+    free_memory_of(error)
+    forget_failed_compilations()
+    return CannotCompileNow(f"{what} now; later calls try again: {cause}")
+
+
+def _compilers_words(error: BaseException) -> str | None:
+    """The cause, where the first line of torch's error has none: in what the C++ compiler printed (the linker's first
+    complaint comes before the compiler's), or at the end of the traceback of a process that compiles for Triton."""
+    first, *lines = str(error).strip().splitlines() or [""]
+    of_cpp = next((line.strip() for line in lines if re.search(r"\berror:|\bld: (?!warning)", line)), None)
+    if of_cpp is not None:
+        return of_cpp
+    return lines[-1] if lines and "An exception occurred in a subprocess" in first else None
+
+
+def _advice(error: BaseException) -> str | None:
+    missing = missing_compiler(error)
+    if missing == "C++":
+        return "install g++, or name another C++ compiler by the environment variable CXX"
+    if missing == "Triton":
+        return "install Triton"
+    if any(isinstance(cause, OSError) for cause in causes(error)):
+        return "Inductor writes to the folders that the environment variables TORCHINDUCTOR_CACHE_DIR and TMPDIR name"
+    return None
 
 
 def foresee(overload: OpOverload, impl: Impl, arguments: Arguments) -> Specialization:

@@ -31,7 +31,9 @@ class CompileConfig:
         providers: providers whose implementations may be compiled. A call for which the op's priority
             chooses any other provider passes untouched.
         on_failure: what to do with an implementation that cannot be captured or compiled: ``"raise"``
-            a :class:`CompileError`, or run it ``"native"`` (warned about once, counted, traced).
+            a :class:`CompileError`, or run it ``"native"`` (warned about once, counted, traced). It is not tried again,
+            unless the failure may pass (an ``OSError`` as of a full disk, or a lack of memory): then calls go on like
+            this for 5 seconds before one tries again, and for twice as long after each further failure.
         background: whether calls that need new code run natively while a thread of its own compiles, in place of
             waiting. It compiles for tensors of zeros; they take the memory of the call's arguments for so long. What
             fails there is raised or warned of by the next call that needs it. Before a CUDA graph is captured, wait

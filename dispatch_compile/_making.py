@@ -17,14 +17,14 @@ from ._active import active
 from ._artifacts import Artifact, Artifacts
 from ._background import ThreadState
 from ._cache import Table
-from ._compilation import CannotCompile, Specialization, specialize
+from ._compilation import CannotCompile, CannotCompileNow, Specialization, cannot_compile, specialize
 from ._config import NO_EVICTION, CompileConfig
 from ._counters import OpCounters
 from ._fork import compiler_was_interrupted, compiling, freed_in_children
 from ._ir import Impl
 from ._origin import CannotSave, Origin, origin_of
 from ._specialization import Arguments, Parameters, key_of, of_zeros
-from ._torch_private import OpOverload
+from ._torch_private import NoCompiler, OpOverload
 from ._trace import TraceEvent
 
 _log = logging.getLogger("dispatch_compile")
@@ -55,6 +55,9 @@ class Maker:
             return loaded
         if compiler_was_interrupted():
             return "the process was forked while another thread compiled"
+        failed = _failed_lately(table)
+        if failed is not None:
+            return failed
         if self.config.background:
             failure = _background.ask(table, key, lambda: _Job.of(self, impl, table, key, arguments))
             return failure or "is being compiled in the background"
@@ -64,7 +67,7 @@ class Maker:
         """The same on this thread, when no other is compiling; perhaps another has made it by then."""
         try:
             with compiling():
-                made = table.find(key, arguments.args, arguments.kwargs)
+                made = table.find(key, arguments.args, arguments.kwargs) or _failed_lately(table)
                 if made is not None:
                     return made
                 if self.is_full(table):
@@ -73,6 +76,10 @@ class Maker:
                 return self._specialize(impl, table, key, arguments, event)
         except CannotCompile as error:
             return error
+        except NoCompiler as error:
+            failure = CannotCompile(f"{self.overload.name()} cannot be compiled: {error}")
+            failure.__cause__ = error
+            return failure
 
     def is_full(self, table: Table) -> bool:
         """Whether a table has all the specializations that it may have."""
@@ -145,6 +152,7 @@ class Maker:
                 event.compile_start, event.compile_nanoseconds = start, nanoseconds
         difference = table.difference(made)
         table.add(key, made)
+        table.postponed = None
         self._keep(key, made)
         if made.code is not None:
             self.counters.compiles += 1
@@ -156,6 +164,13 @@ class Maker:
             if event is not None:
                 event.difference = difference
         return made
+
+
+def _failed_lately(table: Table) -> CannotCompileNow | None:
+    """The failure for which nothing is tried again yet."""
+    if table.postponed is None or table.postponed.is_over:
+        return None
+    return CannotCompileNow(table.postponed.failure)
 
 
 @dataclass(frozen=True)
@@ -186,12 +201,12 @@ class _Job:
         try:
             made = self.state.run(lambda: self._make(impl))
         except BaseException as error:  # whatever it is, it must not end the thread that other work waits for
-            made = CannotCompile(f"{self.maker.overload.name()} cannot be compiled: {error!r}")
+            made = cannot_compile(self.maker.overload, impl, self.maker.config, error)
             made.__cause__ = error
         if isinstance(made, CannotCompile):
             # Its traceback refers to the implementation, which the table must not keep alive.
             _log.info("in the background: %s", made, exc_info=made)
-            return CannotCompile(str(made))
+            return type(made)(str(made))
         return made if isinstance(made, str) else None
 
     def _make(self, impl: Impl) -> Made:

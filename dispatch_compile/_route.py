@@ -17,12 +17,13 @@ from . import _hooks
 from ._active import bodies_watched
 from ._cache import Guarded, NativeCache, Table
 from ._capture import first_line
-from ._compilation import CannotCompile, Specialization
+from ._compilation import CannotCompile, CannotCompileNow, Specialization
 from ._config import CompileConfig
 from ._difference import components_of
 from ._errors import CompileError, DispatchCompileWarning
 from ._ir import Impl, Op
 from ._making import Maker
+from ._postponed import Postponed, free_memory_of
 from ._profiler import in_profiler_range
 from ._specialization import MISS, Arguments, GuardedCall, Parameters, flatten, key_of, why_aside
 from ._torch_private import OpOverload, profiler
@@ -144,6 +145,7 @@ class Route:
 
     def _run_after_error(self, call: _Call, error: Exception) -> Any:
         """Compiled code raised: let the op itself say whether that is an error, and which."""
+        free_memory_of(error)
         result = call.redispatch()
         reason = f"its compiled code raised {first_line(error)}"
         self._note_fallback(call, reason)
@@ -157,7 +159,10 @@ class Route:
         result = call.redispatch()  # an error of the implementation itself comes out here, as in eager
         reason = str(failure)
         fatal = self.config.on_failure == "raise"
-        if table.find(key, call.args, call.kwargs) is None:  # another thread may have failed at the same time
+        if isinstance(failure, CannotCompileNow):
+            if table.postponed is None or table.postponed.is_over:
+                table.postponed = Postponed.after(reason, table.postponed)
+        elif table.find(key, call.args, call.kwargs) is None:  # another thread may have failed at the same time
             specialization = Specialization(None, components_of(arguments), failure=reason, fatal=fatal)
             table.add(key, specialization)
             table.add_guard(key, specialization, arguments)

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar, copy_context
 from importlib.machinery import ExtensionFileLoader
@@ -57,12 +57,14 @@ __all__ = [
     "CustomOpDef",
     "GlobalStateGuard",
     "InductorCode",
+    "NoCompiler",
     "OpOverload",
     "OpOverloadPacket",
     "TensorGuards",
     "TorchDispatchMode",
     "TritonLaunch",
     "all_op_names",
+    "causes",
     "compile_lock",
     "compile_lock_if_imported",
     "compile_node",
@@ -72,6 +74,7 @@ __all__ = [
     "dtype_abbreviation",
     "dual_level",
     "dynamic_size",
+    "forget_failed_compilations",
     "forget_inductors_threads",
     "forget_shape_envs",
     "generated_module",
@@ -88,6 +91,7 @@ __all__ = [
     "load_cpp_kernel",
     "load_triton_kernel",
     "lookup_backend",
+    "missing_compiler",
     "new_fake_mode",
     "new_shape_env",
     "profiler",
@@ -239,11 +243,33 @@ def shape_guard_names() -> dict[str, Any]:
     return dict(SYMPY_INTERP)
 
 
-def compile_lock() -> Any:
-    """Dynamo's lock: Inductor keeps state in globals, and torch.compile on another thread takes this one."""
-    from torch._dynamo.convert_frame import compile_lock as lock
+class NoCompiler(RuntimeError):
+    """torch's compiler cannot be imported in this process."""
 
-    return lock
+
+_import_failure: str | None = None
+
+
+def compile_lock() -> Any:
+    """Dynamo's lock: Inductor keeps state in globals, and torch.compile on another thread takes this one.
+
+    Raises:
+        NoCompiler: Dynamo cannot be imported, or could not before: torch registers things when it is imported, and
+            fails for another reason if it finds them registered.
+    """
+    global _import_failure
+    if _import_failure is None:
+        try:
+            from torch._dynamo.convert_frame import compile_lock as lock
+        except Exception as error:
+            _import_failure = f"{type(error).__name__}: {error}"
+            raise NoCompiler(_no_compiler()) from error
+        return lock
+    raise NoCompiler(_no_compiler())
+
+
+def _no_compiler() -> str:
+    return f"torch's compiler cannot be imported, for the life of this process: {_import_failure}"
 
 
 def compile_lock_if_imported() -> Any | None:
@@ -330,6 +356,8 @@ def _inductor_compile(
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
+    if options.get("cpp_wrapper", inductor_config.cpp_wrapper):
+        raise ValueError("its cpp_wrapper makes code that is not called so; set options={'cpp_wrapper': False}")
     compiled: list[tuple[Any, int, int]] = []
 
     def inner_compile(graph: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -349,13 +377,41 @@ def _inductor_compile(
     ):
         decompositions = {op: parts for op, parts in select_decomp_table().items() if op not in whole}
         compile_fx(graph, inputs, inner_compile, dict(options), decompositions if whole else None)
-    if [tuple(counts) for _, *counts in compiled] != [expected]:
-        raise RuntimeError(f"AOTAutograd changed the graph's {expected[0]} inputs or {expected[1]} outputs: {compiled}")
+    counts = [tuple(counts) for _, *counts in compiled]
+    if counts != [expected]:
+        raise RuntimeError(f"AOTAutograd made graphs of {counts} inputs and outputs where one of {expected} was given")
     return InductorCode(compiled[0][0])
 
 
 def _output_count(graph: torch.fx.GraphModule) -> int:
     return len(next(iter(reversed(graph.graph.nodes))).args[0])
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that it was raised from, or wraps: Inductor wraps errors in its own, ``from None``."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or getattr(cause, "inner_exception", None)
+
+
+def forget_failed_compilations() -> None:
+    """Have Inductor try again what the C++ compiler or Triton could not compile: it keeps such failures by the code."""
+    codecache = sys.modules.get("torch._inductor.codecache")
+    async_compile = sys.modules.get("torch._inductor.async_compile")
+    if codecache is not None:
+        codecache.CppPythonBindingsCodeCache.cache.clear()  # its cache_clear() also unloads what is in use
+    if async_compile is not None:
+        async_compile.CompiledTritonKernels.cache_clear()
+
+
+def missing_compiler(error: BaseException) -> str | None:
+    """``"C++"`` or ``"Triton"`` if an error says that Inductor does not find it; no public type tells."""
+    exceptions = sys.modules.get("torch._inductor.exc")
+    for attribute, compiler in (("InvalidCxxCompiler", "C++"), ("TritonMissing", "Triton")):
+        if any(isinstance(cause, getattr(exceptions, attribute, ())) for cause in causes(error)):
+            return compiler
+    return None
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:

@@ -338,6 +338,41 @@ def test_compile_lock():
     assert private.compile_lock_if_imported() is private.compile_lock()
 
 
+@covers("NoCompiler")
+def test_compiler_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setattr(private, "_import_failure", None)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "torch._dynamo.convert_frame", None)
+        with pytest.raises(private.NoCompiler, match="ModuleNotFoundError: ") as first:
+            private.compile_lock()
+    with pytest.raises(private.NoCompiler) as second:  # torch cannot be imported halfway and then again
+        private.compile_lock()
+    assert str(first.value) == str(second.value)
+
+
+@covers("causes", "missing_compiler")
+def test_errors_that_inductor_wraps():
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler, TritonMissing
+
+    for error, compiler in ((InvalidCxxCompiler(), "C++"), (TritonMissing(None), "Triton"), (OSError(), None)):
+        wrapped = InductorError(error, None)
+        outermost = ValueError()
+        outermost.__cause__ = wrapped
+        assert list(private.causes(outermost)) == [outermost, wrapped, error]
+        assert private.missing_compiler(outermost) == private.missing_compiler(error) == compiler
+
+
+@covers("forget_failed_compilations")
+def test_failed_compilations():
+    from torch._inductor.async_compile import CompiledTritonKernels
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    CppPythonBindingsCodeCache.cache["C++ code"] = CompiledTritonKernels._cache["Triton's code"] = lambda: None
+    private.forget_failed_compilations()
+    assert not CppPythonBindingsCodeCache.cache
+    assert not CompiledTritonKernels._cache
+
+
 @covers("forget_inductors_threads")
 def test_inductors_threads():
     from torch._inductor.async_compile import AsyncCompile
