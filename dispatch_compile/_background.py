@@ -128,6 +128,16 @@ def ask(owner: object, key: Hashable, prepare: Callable[[], Callable[[], object]
         return None if outcomes[key] is _PENDING else outcomes.pop(key)
 
 
+def failure(owner: object, key: Hashable) -> Any:
+    """What :func:`ask` will give, if it is known already; it is left there."""
+    worker = _worker
+    if worker is None:
+        return None
+    with _lock:
+        outcome = worker.outcomes.get(owner, {}).get(key)
+    return None if outcome is _PENDING else outcome
+
+
 def wait(timeout: float | None = None) -> bool:
     """Wait until everything asked for so far is done; False if that takes longer than ``timeout`` seconds."""
     worker = _worker

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import fx
 
-from . import _registry
+from . import _background, _registry
 from ._active import EVERY_OP, active
 from ._cache import Table
 from ._capture import Captured, capture
-from ._compilation import CannotCompile, Specialization, foresee
+from ._compilation import CannotCompile, CannotCompileNow, Specialization, foresee
 from ._difference import argument_components, in_names, state_components
 from ._fork import compiling
 from ._ir import Impl, Op
-from ._making import Made, Maker
+from ._making import IN_BACKGROUND, Made, Maker, without_compiler
 from ._origin import Origin
-from ._route import Route, captures_cuda_graph
+from ._route import IN_CUDA_GRAPH, Route, captures_cuda_graph, not_in_providers
 from ._specialization import Arguments, flatten, key_of, why_aside, why_own_kind
 from ._summary import summary_of, text_of
-from ._torch_private import OpOverload, decomposes, without_modes, without_version_counting
+from ._torch_private import NoCompiler, OpOverload, decomposes, without_modes, without_version_counting
 from ._trace import COMPILED, NATIVE, PASSED
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class _ExplainingRoute(Route):
         impl = op.dispatch(*args, **kwargs)
         passed = _passed(op, impl, self.overload, args, kwargs, None)
         if impl.provider not in self.config.providers:
-            return replace(passed, reason=f"provider {impl.provider!r} is not in providers {self.config.providers}")
+            return replace(passed, reason=not_in_providers(impl, self.config))
         arguments = flatten(self.parameters, args, kwargs)
         reason = why_aside(arguments)
         if reason is not None:
@@ -250,16 +250,18 @@ class _ExplainingRoute(Route):
         key = key_of(arguments)
         known = table.find(key, arguments.args, arguments.kwargs)
         if known is None and captures_cuda_graph(arguments):
-            return replace(native, reason="not compiled yet, and a CUDA graph is being captured")
+            return replace(native, reason=IN_CUDA_GRAPH)
         config = replace(self.config, background=False)
         foreseer = _Foreseer(self.overload, self.parameters, config, self.counters, self.cache.artifacts)
-        made = known or foreseer.make(impl, table, key, arguments, None)
+        failed = _background.failure(table, key)
+        made = known or failed or foreseer.make(impl, table, key, arguments, None)
         if isinstance(made, str):
             return replace(native, reason=made)
         loaded = isinstance(made, Specialization) and isinstance(made.origin, Origin) and known is None
         new = known is None and not loaded
-        if new and self.config.background:
-            return replace(native, reason="is being compiled in the background")
+        has_failed = failed is not None or isinstance(made, CannotCompileNow)
+        if new and not has_failed and self.config.background:
+            return replace(native, reason=IN_BACKGROUND)
         if isinstance(made, CannotCompile):
             return replace(native, reason=str(made), raises=self.config.on_failure == "raise")
         if made.code is None:
@@ -295,6 +297,8 @@ class _Foreseer(Maker):
                 return foresee(self.overload, impl, arguments)
         except CannotCompile as error:
             return error
+        except NoCompiler as error:
+            return without_compiler(self.overload, error)
 
 
 def _passed(

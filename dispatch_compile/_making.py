@@ -32,6 +32,8 @@ _log = logging.getLogger("dispatch_compile")
 # A specialization, or the error for which it cannot be made, or the reason why it is not made now.
 Made = Specialization | CannotCompile | str
 
+IN_BACKGROUND = "is being compiled in the background"
+
 # Not the compiler's lock: to have that one, Dynamo would have to be imported.
 _loading = freed_in_children(threading.RLock())
 
@@ -60,7 +62,7 @@ class Maker:
             return failed
         if self.config.background:
             failure = _background.ask(table, key, lambda: _Job.of(self, impl, table, key, arguments))
-            return failure or "is being compiled in the background"
+            return failure or IN_BACKGROUND
         return self.make_now(impl, table, key, arguments, event)
 
     def make_now(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None) -> Made:
@@ -77,9 +79,7 @@ class Maker:
         except CannotCompile as error:
             return error
         except NoCompiler as error:
-            failure = CannotCompile(f"{self.overload.name()} cannot be compiled: {error}")
-            failure.__cause__ = error
-            return failure
+            return without_compiler(self.overload, error)
 
     def is_full(self, table: Table) -> bool:
         """Whether a table has all the specializations that it may have."""
@@ -164,6 +164,13 @@ class Maker:
             if event is not None:
                 event.difference = difference
         return made
+
+
+def without_compiler(overload: OpOverload, error: NoCompiler) -> CannotCompile:
+    """The error for an op that cannot be compiled in this process, as nothing can."""
+    failure = CannotCompile(f"{overload.name()} cannot be compiled: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _failed_lately(table: Table) -> CannotCompileNow | None:

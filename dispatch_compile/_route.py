@@ -69,7 +69,7 @@ class Route:
         if event is not None:
             event.provider = impl.provider
         if table is None:
-            call.note(PASSED, f"provider {impl.provider!r} is not in providers {self.config.providers}")
+            call.note(PASSED, not_in_providers(impl, self.config))
             return call.redispatch()
         for entry in table.guarded:
             try:
@@ -94,7 +94,7 @@ class Route:
         found = table.find(key, call.args, call.kwargs)
         if found is None:
             if captures_cuda_graph(arguments):
-                return self._run_natively(call, "not compiled yet, and a CUDA graph is being captured")
+                return self._run_natively(call, IN_CUDA_GRAPH)
             made = self._maker.make(impl, table, key, arguments, call.event)
             if isinstance(made, CannotCompile):
                 return self._run_uncompilable(call, table, key, arguments, made)
@@ -210,6 +210,14 @@ def _warn_once(table: Table, reason: str, text: str) -> None:
 def _warn(text: str) -> None:
     _log.warning("%s", text)
     warnings.warn(text, DispatchCompileWarning, stacklevel=2)
+
+
+IN_CUDA_GRAPH = "not compiled yet, and a CUDA graph is being captured"
+
+
+def not_in_providers(impl: Impl, config: CompileConfig) -> str:
+    """Why a call of this implementation is not compiled."""
+    return f"provider {impl.provider!r} is not in providers {config.providers}"
 
 
 def captures_cuda_graph(arguments: Arguments) -> bool:

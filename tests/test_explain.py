@@ -407,6 +407,23 @@ def test_drops_nothing_to_make_room(counted):
     assert not mode.explain(counted.op, x_of(4)).new
 
 
+def test_what_failed_in_the_background(define_ir_op):
+    def rolled(x: Tensor) -> Tensor:
+        return x.roll(int(x.sum()))
+
+    op, x = define_ir_op(rolled), torch.ones(4, 3)
+    mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", background=True))
+    with mode:
+        op(x)
+    assert mode.cache.wait(60)
+    for _ in range(2):  # explaining does not take the failure from the call that it is for
+        foreseen = mode.explain(op, x)
+        assert (foreseen.action, foreseen.raises) == ("native", True)
+        assert "cannot be captured" in foreseen.reason
+    with mode, pytest.raises(dc.CompileError, match="cannot be captured"):
+        op(x)
+
+
 def test_compiled_in_the_background(counted):
     mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", background=True), trace=True)
     explanation = mode.explain(counted.op, x_of(4))
