@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ._specialization import Arguments, layout_with, sizes, strides
+from ._specialization import Arguments, layout_with, sizes, strides, why_special
 from ._torch_private import OpOverload, dynamic_size, new_fake_mode, new_shape_env, size_depends_on_values, trace
 
 
@@ -92,6 +92,11 @@ class Captured:
                     if not isinstance(dim, int) and now.isdecimal():
                         yield f"{leaf.source}.{read}({i}) == {now}"
 
+    @property
+    def may_raise(self) -> bool:
+        """Whether there are arguments of the right shapes for which the implementation raises."""
+        return any(map(_may_raise, self.graph.graph.nodes))
+
     def symbolic_shapes(self) -> str:
         """The inputs' sizes, for people: ``[s0, 4096], [4096]``, symbols numbered in order of appearance."""
         symbols: dict[str, str] = {}
@@ -129,6 +134,7 @@ def capture(fn: Callable[..., Any], arguments: Arguments, tokens: int | None = N
         args, kwargs = arguments.with_tensors(tensors)
         result = fn(*args, **kwargs)
         outputs, result_of = _flat_outputs(result)
+        _check_inputs(tensors, arguments)
         _check_outputs(outputs, tensors, arguments)
         return outputs
 
@@ -138,6 +144,7 @@ def capture(fn: Callable[..., Any], arguments: Arguments, tokens: int | None = N
         raise
     except Exception as error:
         raise CannotCapture(first_line(error)) from error
+    _unregister_constants(graph)
     _check_graph(graph, arguments)
     return Captured(graph, token_counts, fakes, shape_env, result_of, arguments)
 
@@ -172,6 +179,14 @@ def _fake_inputs(
     return token_counts, fakes
 
 
+def _unregister_constants(graph: GraphModule) -> None:
+    """Make plain attributes of the tensors that the implementation makes of numbers: AOTAutograd would take buffers for
+    inputs, and so keep Inductor from seeing their values."""
+    for name, constant in list(graph.named_buffers(recurse=False)):
+        delattr(graph, name)
+        setattr(graph, name, constant)
+
+
 def _flat_outputs(result: Any) -> tuple[list[torch.Tensor], str]:
     if isinstance(result, torch.Tensor):
         return [result], "{}[0]"
@@ -186,13 +201,34 @@ def _described(result: Any) -> str:
     return f"a {type(result).__name__}"
 
 
+def _check_inputs(inputs: Sequence[torch.Tensor], arguments: Arguments) -> None:
+    for tensor, leaf in zip(inputs, arguments.tensors, strict=True):
+        if tensor.requires_grad != leaf.value.requires_grad:
+            raise StepAside(f"the implementation changes whether its argument {leaf.name} requires grad")
+
+
 def _check_outputs(outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor], arguments: Arguments) -> None:
     owners = {_storage(tensor): f"argument {leaf.name}" for tensor, leaf in zip(inputs, arguments.tensors, strict=True)}
     for i, output in enumerate(outputs):
+        reason = _why_not_made_by_code(output)
+        if reason is not None:
+            raise StepAside(f"result {i} {reason}")
         storage = _storage(output)
         if storage in owners:
             raise StepAside(f"result {i} shares memory with {owners[storage]}")
         owners[storage] = f"result {i}"
+
+
+def _why_not_made_by_code(output: torch.Tensor) -> str | None:
+    """Why compiled code, which makes plain tensors outside autograd, makes another kind of tensor than the
+    implementation; None if it does not."""
+    if output.requires_grad:
+        return "requires grad"
+    if isinstance(output, torch.nn.Parameter):
+        return "is a Parameter"
+    if output.is_inference() != torch.is_inference_mode_enabled():
+        return "is an inference tensor" if output.is_inference() else "is made outside of inference mode"
+    return why_special(output)
 
 
 def _check_graph(graph: GraphModule, arguments: Arguments) -> None:
@@ -214,6 +250,20 @@ def _check_graph(graph: GraphModule, arguments: Arguments) -> None:
             name = owners.get(_storage(written.meta["val"]))
             if name is not None:
                 raise StepAside(f"the implementation changes its argument {name}")
+
+
+def _may_raise(node: Node) -> bool:
+    """Whether an op may raise because of values: an index out of range, integers divided by zero, a matrix without
+    inverse. It cannot if there are no values, or if it computes with floats one by one."""
+    if not isinstance(node.target, OpOverload):
+        return False
+    values = [value for of in node.all_input_nodes if isinstance(value := of.meta.get("val"), torch.Tensor)]
+    copies = node.target.is_view or node.target is torch.ops.aten._to_copy.default
+    one_by_one = copies or torch.Tag.pointwise in node.target.tags
+    return any(
+        0 not in value.shape and not (one_by_one and (value.is_floating_point() or value.is_complex()))
+        for value in values
+    )
 
 
 def _written(node: Node) -> Iterator[Node]:

@@ -232,8 +232,13 @@ def _what(overload: OpOverload, impl: Impl) -> str:
 
 
 def _compile(captured: Captured, config: CompileConfig) -> Code:
+    not_compiled = _code(captured, captured.guards(), _run_of_backend(captured.graph))
+    # Raises where eager does for such arguments: compiled code also runs where eager has no kernel for a dtype.
+    _within_shapes(not_compiled, captured.arguments)(captured.arguments.args, captured.arguments.kwargs)
     owner: InductorCode | Program | None = None
     if all(_is_known_to_be_empty(output) for output in captured.outputs):
+        if captured.may_raise:
+            return not_compiled
         owner = _program_of_nothing(captured.outputs)
         run = owner.load()
     elif config.backend == "inductor":

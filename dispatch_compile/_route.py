@@ -156,16 +156,16 @@ class Route:
         self, call: _Call, table: Table, key: Hashable, arguments: Arguments, failure: CannotCompile
     ) -> Any:
         """The first call of a specialization that cannot be compiled."""
-        result = call.redispatch()  # an error of the implementation itself comes out here, as in eager
         reason = str(failure)
         fatal = self.config.on_failure == "raise"
+        # Before the op runs, which may change what its arguments are like.
+        specialization = Specialization(None, components_of(arguments), failure=reason, fatal=fatal)
+        result = call.redispatch()  # an error of the implementation itself comes out here, as in eager
         if isinstance(failure, CannotCompileNow):
             if table.postponed is None or table.postponed.is_over:
                 table.postponed = Postponed.after(reason, table.postponed)
         elif table.find(key, call.args, call.kwargs) is None:  # another thread may have failed at the same time
-            specialization = Specialization(None, components_of(arguments), failure=reason, fatal=fatal)
             table.add(key, specialization)
-            table.add_guard(key, specialization, arguments)
         self._note_fallback(call, reason)
         if fatal:
             raise CompileError(reason) from failure.__cause__

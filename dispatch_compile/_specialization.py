@@ -26,6 +26,7 @@ from ._torch_private import (
     dispatch_modes_active,
     dual_level,
     global_state,
+    inexact_matmul_precision,
     is_functorch_wrapped,
     is_zero_tensor,
 )
@@ -122,7 +123,7 @@ def why_aside(arguments: Arguments) -> str | None:
             if value is not None and not isinstance(value, _SCALARS):
                 return f"{leaf.name} is a {type(value).__name__}"
             continue
-        reason = _why_not_plain(value)
+        reason = why_own_kind(value) or why_special(value)
         if reason is None and grad and value.requires_grad:
             reason = "requires grad and grad mode is on"
         first = tensors.setdefault(id(value), leaf.name)
@@ -144,10 +145,8 @@ def why_own_kind(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _why_not_plain(tensor: torch.Tensor) -> str | None:
-    own_kind = why_own_kind(tensor)
-    if own_kind is not None:
-        return own_kind
+def why_special(tensor: torch.Tensor) -> str | None:
+    """Why there is more to a tensor than strides over a storage of values; None if there is not."""
     if tensor.is_meta:
         return "is on the meta device"
     if tensor.layout is not torch.strided:
@@ -280,6 +279,7 @@ def guarded(arguments: Arguments, shape_guard: str | None, result: str, names: M
         "MISS": MISS,
         "copysign": math.copysign,
         "forward_ad": torch.autograd.forward_ad,
+        "inexact_matmul_precision": inexact_matmul_precision,
         "inference_mode": torch.is_inference_mode_enabled,
         "state_unchanged": GlobalStateGuard().check,
     }
@@ -297,13 +297,15 @@ def guarded(arguments: Arguments, shape_guard: str | None, result: str, names: M
     inference += [(f"{leaf.source}.is_inference()", leaf.value.is_inference()) for leaf in tensors]
     checks += [check if holds else f"not {check}" for check, holds in inference]
     checks += ["state_unchanged()", "forward_ad._current_level < 0"]
+    if inexact_matmul_precision() is not None:  # GlobalStateGuard tells no more than that it is not exact
+        checks.append(f"inexact_matmul_precision() == {inexact_matmul_precision()!r}")
     sizes_read, (shape_guard, result) = _read_once(shape_guard or "True", result)
     lines = [
         *_unpacking(arguments),
         f"if not ({' and '.join(checks)}):",
         "    return MISS",
         *sizes_read,
-        f"return {result} if {shape_guard} else MISS",
+        *_returning(result, shape_guard),
     ]
     return _generated(lines, scope)
 
@@ -312,8 +314,21 @@ def within_shapes(arguments: Arguments, shape_guard: str | None, result: str, na
     """Generate ``call(args, kwargs)`` for arguments with the same key: the value of ``result`` if the guard on the
     dynamic sizes holds, else None. Parameters as for :func:`guarded`."""
     scope = {**names, "MISS": None}
-    lines = [*_unpacking(arguments), f"return {result} if {shape_guard or True} else None"]
-    return _generated(lines, scope)
+    return _generated([*_unpacking(arguments), *_returning(result, shape_guard or "True")], scope)
+
+
+def _returning(result: str, shape_guard: str) -> list[str]:
+    """Statements that return the result, or MISS if the guard does not hold: one that divides by zero does not."""
+    if "/" not in shape_guard and "%" not in shape_guard:
+        return [f"return {result} if {shape_guard} else MISS"]
+    return [
+        "try:",
+        f"    if not ({shape_guard}):",
+        "        return MISS",
+        "except ZeroDivisionError:",
+        "    return MISS",
+        f"return {result}",
+    ]
 
 
 def _generated(lines: list[str], scope: dict[str, Any]) -> GuardedCall:

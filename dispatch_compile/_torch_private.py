@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import marshal
 import os
 import re
@@ -86,6 +87,7 @@ __all__ = [
     "hide_from_dynamo",
     "inductor_compile",
     "inductor_overrides",
+    "inexact_matmul_precision",
     "is_functorch_wrapped",
     "is_zero_tensor",
     "load_cpp_kernel",
@@ -151,8 +153,17 @@ def without_version_counting() -> AbstractContextManager[Any]:
 
 
 def global_state() -> str:
-    """torch.compile's snapshot of the global state that changes what is captured, as JSON text."""
-    return str(GlobalStateGuard().__getstate__())  # type: ignore[attr-defined]  # missing in torch's stub
+    """The global state that changes what is captured, as JSON text: torch.compile's snapshot, and what is not in it."""
+    state = json.loads(GlobalStateGuard().__getstate__())  # type: ignore[attr-defined]  # missing in torch's stub
+    return json.dumps({**state, "inexact_matmul_precision": inexact_matmul_precision()})
+
+
+def inexact_matmul_precision() -> str | None:
+    """What a CPU may round float32 matrices to before it multiplies them: ``tf32`` if the precision is ``high``,
+    ``bf16`` if it is ``medium``; None if nothing. The public ``get_float32_matmul_precision`` raises if somebody set
+    ``fp32_precision``, and reading that takes microseconds."""
+    precision: str = torch._C._get_fp32_precision_getter("mkldnn", "matmul")
+    return None if precision in ("none", "ieee") else precision
 
 
 def hide_from_dynamo(fn: Callable[..., Any]) -> None:

@@ -172,6 +172,26 @@ def test_generated_code_is_one_fused_kernel():
     assert specialization.code.symbolic_shapes == "[s0, 16]"
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+def test_constants_are_in_the_generated_code(tokens, define_ir_op):
+    def affine(x: Tensor) -> Tensor:
+        factors, offset = torch.tensor([0.5, 1.5, -2.0], dtype=x.dtype), torch.tensor(7)
+        factors.neg_()
+        return x * factors + offset
+
+    op, mode, x = define_ir_op(affine), dc.DispatchCompileMode(), random(tokens, 3)
+    expected = op(x)
+    with mode:
+        for _ in range(2):
+            assert_close(op(x), expected)
+    (specialization,) = specializations(mode, op)
+    inputs = int(tokens > 1) + 1
+    assert specialization.code.call.count(",") + 1 == inputs
+    if tokens:
+        assert specialization.code.source.count("cpp_fused_") > 0
+    assert (mode.cache.stats().compiles, mode.cache.stats().hits) == (1, 2)
+
+
 def test_inductor_is_asked_once():
     mode, x = dc.DispatchCompileMode(), random(4, 24)
 
@@ -444,6 +464,18 @@ def test_divisibility_of_the_token_count(define_ir_op):
         with mode:
             assert_same(op(x), expected)
     assert (mode.cache.stats().compiles, mode.cache.stats().hits) == (2, 6)
+
+
+def test_guards_that_divide_by_zero_do_not_hold(define_ir_op):
+    def far(x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] > 5 and 12 // (x.shape[0] - 5) > 1 else x * 3
+
+    op, mode = define_ir_op(far), dc.DispatchCompileMode(config=EAGER)
+    for tokens in (7, 5, 100, 5, 7):
+        x = random(tokens, 3)
+        with mode:
+            assert_same(op(x), x * 2 if tokens == 7 else x * 3)
+    assert (mode.cache.stats().compiles, mode.cache.stats().hits) == (3, 5)
 
 
 def test_fixed_token_count_compiles_for_each(define_ir_op):

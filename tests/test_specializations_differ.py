@@ -86,6 +86,10 @@ DIFFERENT = {
         call(context=lambda: matmul_precision("highest")),
         call(context=lambda: matmul_precision("high")),
     ),
+    "matmul precision high and medium": (
+        call(context=lambda: matmul_precision("high")),
+        call(context=lambda: matmul_precision("medium")),
+    ),
 }
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +131,61 @@ def test_results_that_share_memory(mode, define_ir_op):
             row.fill_(5)
             assert whole[0].tolist() == [5, 5, 5]
     assert reasons(mode) == {"result 1 shares memory with result 0"}
+
+
+def _within(context: AbstractContextManager[Any], fn: Callable[[], Tensor]) -> Tensor:
+    with context:
+        return fn()
+
+
+UNUSUAL = {
+    "requires grad": lambda x: (x * 2).requires_grad_(),
+    "is a Parameter": lambda x: torch.nn.Parameter(x * 2, requires_grad=False),
+    "is an inference tensor": lambda x: _within(torch.inference_mode(), lambda: x * 2),
+    "is a lazy conjugate or negative": lambda x: (x * 2j).conj(),
+    "is a zero tensor without storage": lambda x: torch._efficientzerotensor(x.shape),
+    "is on the meta device": lambda x: torch.empty(3, device="meta"),
+}
+
+
+@pytest.mark.parametrize("reason", UNUSUAL)
+def test_returns_an_unusual_tensor(reason, mode, define_ir_op):
+    def unusual(x: Tensor) -> Tensor:
+        return UNUSUAL[reason](x)
+
+    def seen(result: Tensor) -> tuple[Any, ...]:
+        asked = ("requires_grad", "is_inference", "is_conj", "_is_zerotensor", "layout", "device", "dtype", "shape")
+        return type(result), *(value() if callable(value := getattr(result, name)) else value for name in asked)
+
+    op, x = define_ir_op(unusual), torch.ones(4, 3)
+    expected = seen(op(x))
+    with mode:
+        assert [seen(op(x)) for _ in range(2)] == [expected] * 2
+    assert reasons(mode) == {f"result 0 {reason}"}
+
+
+def test_leaves_inference_mode(mode, define_ir_op):
+    def leaving(x: Tensor) -> Tensor:
+        return _within(torch.inference_mode(False), lambda: x * 2)
+
+    op, x = define_ir_op(leaving), torch.ones(4, 3)
+    with torch.inference_mode(), mode:
+        assert [op(x).is_inference() for _ in range(2)] == [False] * 2
+    assert reasons(mode) == {"result 0 is made outside of inference mode"}
+
+
+def test_makes_an_argument_require_grad(mode, define_ir_op):
+    def greedy(x: Tensor) -> Tensor:
+        x.requires_grad_()
+        return x.detach() * 2
+
+    op = define_ir_op(greedy)
+    with mode, torch.no_grad():
+        for _ in range(2):
+            x = torch.ones(4, 3)
+            op(x)
+            assert x.requires_grad
+    assert reasons(mode) == {"the implementation changes whether its argument x requires grad"}
 
 
 @pytest.mark.parametrize(("kind", "value"), [(int, 4), (float, 0.5), (bool, True)])
@@ -360,6 +418,33 @@ def test_index_out_of_range_raises_as_without_the_mode(define_ir_op):
         op(good, table)
         assert_same(outcome(op, bad, table), expected)
     assert mode.cache.stats().hits >= 1
+
+
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_dtype_without_a_kernel_raises_as_without_the_mode(tokens, define_ir_op):
+    def difference(x: Tensor, x_other: Tensor) -> Tensor:
+        return x - x_other
+
+    op, x, mode = define_ir_op(difference), torch.ones(tokens, 3, dtype=torch.bool), dc.DispatchCompileMode()
+    expected = outcome(op, x, x.clone())
+    assert isinstance(expected, RuntimeError)
+    with mode:
+        for _ in range(2):
+            assert_same(outcome(op, x, x.clone()), expected)
+
+
+def test_raises_where_results_have_no_elements(define_ir_op):
+    def quotients(x: Tensor, x_other: Tensor) -> Tensor:
+        return (x // x_other)[4:]
+
+    op, x, mode = define_ir_op(quotients), torch.tensor([4, 5, 6]), dc.DispatchCompileMode()
+    expected = outcome(op, x, x - 5)
+    assert isinstance(expected, RuntimeError)
+    with mode:
+        for _ in range(2):
+            assert_same(op(x, x - 3), torch.empty(0, dtype=torch.int64))
+            assert_same(outcome(op, x, x - 5), expected)
+    assert mode.cache.stats().hits == 2
 
 
 # ---- Implementations that look at more of an argument than its values

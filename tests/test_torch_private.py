@@ -123,6 +123,21 @@ def test_global_state():
     assert guard.check()
 
 
+@covers("inexact_matmul_precision")
+def test_matmul_precision():
+    expected = {"high": "tf32", "medium": "bf16", "highest": None}
+    guard, states = private.GlobalStateGuard(), set()
+    try:
+        for precision, name in expected.items():
+            torch.set_float32_matmul_precision(precision)
+            assert private.inexact_matmul_precision() == name
+            assert guard.check() == (name is None)
+            states.add(private.global_state())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(states) == len(expected)
+
+
 @covers("TensorGuards")
 def test_tensor_guards():
     x, weight = torch.randn(4, 3), torch.randn(3)
