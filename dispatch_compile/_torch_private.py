@@ -216,10 +216,16 @@ def forget_shape_envs() -> None:
 
 
 def new_fake_mode(shape_env: Any | None) -> Any:
-    """A FakeTensorMode, with symbols or without, that refuses real tensors: an implementation reads its arguments."""
+    """A FakeTensorMode, with symbols or without, that refuses real tensors: an implementation reads its arguments.
+
+    It leaves nothing in the cache of results that all of them share, which has no bound, and where symbols keep their
+    ShapeEnv alive.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(shape_env=shape_env)
+    mode = FakeTensorMode(shape_env=shape_env)
+    mode.cache_enabled = False
+    return mode
 
 
 def dynamic_size(shape_env: Any, size: int, tensor_name: str) -> torch.SymInt:

@@ -149,6 +149,8 @@ def on_audit_event(event: str, args: tuple[Any, ...]) -> None:
 
 def interrupted() -> Any:
     global _where
+    # A process that a shell started in the background ignores the signal, unless it asks for it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.addaudithook(on_audit_event)
     found: dict[str, Any] = {}
     for place in ("capture", "writing", "starting the C++ compiler", "waiting for the C++ compiler"):

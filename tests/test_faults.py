@@ -434,8 +434,8 @@ MIB = 2**20
 @pytest.mark.cuda
 def test_a_first_call_that_runs_out_of_gpu_memory():
     mode, op = dc.DispatchCompileMode(), dc.ops.silu_and_mul
-    x = torch.randn(2**15, 2**13, device="cuda", dtype=torch.bfloat16)  # 512 MiB, and the result 256 MiB
     with torch.inference_mode():
+        x = torch.randn(2**15, 2**13, device="cuda", dtype=torch.bfloat16)  # 512 MiB, and the result 256 MiB
         with little_memory(64 * MIB):
             eager = runs_out_of_memory(lambda: op(x))
             with mode:

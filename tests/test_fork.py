@@ -29,8 +29,8 @@ def result_of(program: str, folder: Path) -> Any:
 def test_a_child_runs_what_was_compiled_and_compiles_what_is_new(tmp_path):
     (told, childs_stats), parents_stats = result_of("warm_and_new", tmp_path)
     assert told == [REUSED, NEW, REUSED]
-    assert childs_stats == {"compiles": 2, "hits": 4, "fallbacks": 0, "asides": 0}
-    assert parents_stats == {"compiles": 1, "hits": 1, "fallbacks": 0, "asides": 0}
+    assert childs_stats == {"compiles": 2, "hits": 4, "fallbacks": 0, "asides": 0, "loads": 0}
+    assert parents_stats == {"compiles": 1, "hits": 1, "fallbacks": 0, "asides": 0, "loads": 0}
 
 
 def test_a_fork_waits_for_what_another_thread_compiles(tmp_path):

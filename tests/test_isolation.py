@@ -245,8 +245,13 @@ def test_each_catches_the_ops_that_it_selects(counted, provided):
     assert_same(run_of(second, provided, X), X + 1 + 200)
 
 
-def test_hooks_stay_as_long_as_one_engine_needs_them(monkeypatch, counted, provided):
-    monkeypatch.setattr("dispatch_compile._mode._modes", weakref.WeakSet())  # those that other tests left alive
+@pytest.fixture
+def no_other_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that other tests left alive do not hear of new ops. To be asked for before the ops are made."""
+    monkeypatch.setattr("dispatch_compile._mode._modes", weakref.WeakSet())
+
+
+def test_hooks_stay_as_long_as_one_engine_needs_them(no_other_modes, counted, provided):
     first = dc.DispatchCompileMode(ops=[counted.op, provided], config=FIRST)
     second = dc.DispatchCompileMode(ops=[provided], config=SECOND)
     overloads = [counted.op.torch_op, provided.torch_op]

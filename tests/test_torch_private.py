@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dispatch_compile import _torch_private as private
@@ -318,6 +319,17 @@ def test_fake_mode_refuses_real_tensors():
 
 
 CONSTANT = torch.ones(2)
+
+
+@covers("new_fake_mode")
+def test_fake_modes_leave_nothing_in_the_cache_that_they_share():
+    before = FakeTensorMode.cache_info().size
+    shape_env = private.new_shape_env()
+    size = private.dynamic_size(shape_env, 6, "t0")
+    with private.new_fake_mode(shape_env):
+        x = torch.empty_strided([size, 3], [3, 1])
+    private.trace(lambda x: x[: x.shape[0] // 2] + torch.zeros(x.shape[0] // 2, 3), [x])
+    assert FakeTensorMode.cache_info().size == before
 
 
 @covers("size_depends_on_values")
