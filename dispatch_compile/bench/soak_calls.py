@@ -120,6 +120,7 @@ class Worker:
 
     def run(self, stop: threading.Event) -> None:
         """Work until told to stop."""
+        self.do("bodies")  # the first matrix product of a thread takes a workspace for cuBLAS, 32 MiB on an H100
         drawn = activities(self.engines.device)
         names, weights = list(drawn), list(drawn.values())
         while not stop.is_set():
