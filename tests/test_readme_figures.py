@@ -23,6 +23,7 @@ MEASURED = [
     ("bench", "h100"),
     ("bench", "h100_tuning"),
     ("passthrough", "passthrough_cpu"),
+    ("restart", "restart_cpu"),
     ("passthrough", "passthrough_h100"),
     ("vllm-bodies", "vllm_bodies_h100"),
     ("numerics", "numerics_cpu"),
