@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from . import _saved_file
 from ._compilation import Code
-from ._errors import DispatchCompileWarning
+from ._errors import warn
 from ._origin import CannotSave, Origin, digest, now
 from ._programs import Program, program_of
 from ._saved_file import ArtifactError
@@ -164,7 +163,7 @@ class Artifacts:
                 try:
                     return artifact.code()
                 except Exception as error:
-                    _warn(f"saved code of {origin.op} cannot be loaded, and is compiled again: {error}")
+                    warn(f"saved code of {origin.op} cannot be loaded, and is compiled again: {error}")
         return None
 
     def _candidates(self, origin: Origin, key: str) -> Iterator[Artifact]:
@@ -175,7 +174,7 @@ class Artifacts:
             try:
                 found = read(path)
             except (OSError, ArtifactError) as error:
-                _warn(f"{error}; what is in it is compiled again")
+                warn(f"{error}; what is in it is compiled again")
                 continue
             yield from (artifact for artifact in found if (artifact.origin, artifact.key) == (origin, key))
 
@@ -188,7 +187,7 @@ class Artifacts:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write(self._folder / name, [artifact])
         except OSError as error:
-            _warn(f"code of {artifact.origin.op} cannot be saved in {self._folder}: {error}")
+            warn(f"code of {artifact.origin.op} cannot be saved in {self._folder}: {error}")
 
 
 def _file_prefix(origin: Origin, key: str) -> str:
@@ -199,11 +198,6 @@ def folder_from_environment() -> Path | None:
     """The folder that :data:`FOLDER_VARIABLE` names."""
     name = os.environ.get(FOLDER_VARIABLE)
     return Path(name) if name else None
-
-
-def _warn(text: str) -> None:
-    _log.warning("%s", text)
-    warnings.warn(text, DispatchCompileWarning, stacklevel=2)
 
 
 def write(path: str | os.PathLike[str], artifacts: Iterable[Artifact]) -> None:

@@ -1,5 +1,12 @@
 """Errors and warnings that callers of the package may want to catch by type."""
 
+from __future__ import annotations
+
+import logging
+import warnings
+
+_log = logging.getLogger("dispatch_compile")
+
 
 class CompileError(RuntimeError):
     """An implementation could not be captured or compiled, and ``on_failure="raise"``."""
@@ -7,3 +14,9 @@ class CompileError(RuntimeError):
 
 class DispatchCompileWarning(UserWarning):
     """A call runs slower than it could, or not as asked: said once per implementation and cause."""
+
+
+def warn(text: str, stacklevel: int = 2) -> None:
+    """Log and issue a :class:`DispatchCompileWarning`; ``stacklevel`` as for :func:`warnings.warn`."""
+    _log.warning("%s", text)
+    warnings.warn(text, DispatchCompileWarning, stacklevel=stacklevel)

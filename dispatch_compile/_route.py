@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from ._capture import first_line
 from ._compilation import CannotCompile, CannotCompileNow, Specialization
 from ._config import CompileConfig
 from ._difference import components_of
-from ._errors import CompileError, DispatchCompileWarning
+from ._errors import CompileError, warn
 from ._ir import Impl, Op
 from ._making import Maker
 from ._postponed import Postponed, free_memory_of
@@ -149,7 +148,7 @@ class Route:
         result = call.redispatch()
         reason = f"its compiled code raised {first_line(error)}"
         self._note_fallback(call, reason)
-        _warn(f"{self.overload.name()}: {reason}; the op ran natively, without an error")
+        warn(f"{self.overload.name()}: {reason}; the op ran natively, without an error")
         return result
 
     def _run_uncompilable(
@@ -204,12 +203,7 @@ class _Call:
 def _warn_once(table: Table, reason: str, text: str) -> None:
     if reason not in table.warned_of:
         table.warned_of.add(reason)
-        _warn(text)
-
-
-def _warn(text: str) -> None:
-    _log.warning("%s", text)
-    warnings.warn(text, DispatchCompileWarning, stacklevel=2)
+        warn(text)
 
 
 IN_CUDA_GRAPH = "not compiled yet, and a CUDA graph is being captured"

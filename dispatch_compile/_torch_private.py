@@ -392,8 +392,10 @@ def _inductor_compile(
         inductor_config.patch(dict(options)),
         torch.no_grad(),
     ):
-        decompositions = {op: parts for op, parts in select_decomp_table().items() if op not in whole}
-        compile_fx(graph, inputs, inner_compile, dict(options), decompositions if whole else None)
+        decompositions = None
+        if whole:
+            decompositions = {op: parts for op, parts in select_decomp_table().items() if op not in whole}
+        compile_fx(graph, inputs, inner_compile, dict(options), decompositions)
     counts = [tuple(counts) for _, *counts in compiled]
     if counts != [expected]:
         raise RuntimeError(f"AOTAutograd made graphs of {counts} inputs and outputs where one of {expected} was given")

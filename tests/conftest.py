@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dispatch_compile as dc
 from dispatch_compile._artifacts import FOLDER_VARIABLE
@@ -48,6 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
         from dispatch_compile import _mode
 
         _mode._interception_for = lambda trace: "every op"
+
+
+@pytest.fixture(scope="session")
+def fake_tensors_on_the_main_thread() -> None:
+    """torch 2.11, built for CUDA and without a device, crashes when the thread is gone that used them first."""
+    with FakeTensorMode():
+        pass
 
 
 @pytest.fixture

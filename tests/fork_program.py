@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from support import GatedBackend
 from torch import Tensor
 
 import dispatch_compile as dc
@@ -34,20 +35,6 @@ def thrice(x: Tensor) -> Tensor:
 
 
 twice_op, thrice_op = dc.register_op(twice), dc.register_op(thrice)
-
-
-class GatedBackend:
-    """A backend that compiles at once, or, while the gate is closed, tells that it has begun and waits."""
-
-    def __init__(self) -> None:
-        self.begun, self.gate = threading.Event(), threading.Event()
-        self.gate.set()
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> torch.fx.GraphModule:
-        if not self.gate.is_set():
-            self.begun.set()
-            self.gate.wait()
-        return graph
 
 
 def mode_with(backend: Any, **options: Any) -> dc.DispatchCompileMode:
@@ -105,6 +92,7 @@ def warm_and_new() -> Any:
 def while_compiling() -> Any:
     """Another thread compiles, and the fork waits for it."""
     backend = GatedBackend()
+    backend.gate.set()
     mode = mode_with(backend)
     call(mode, twice_op)
     backend.gate.clear()
@@ -128,6 +116,7 @@ def while_compiling_for_long() -> Any:
     """Another thread compiles, and does not end."""
     _fork.SECONDS_TO_WAIT = 0.1
     backend = GatedBackend()
+    backend.gate.set()
     mode = mode_with(backend)
     call(mode, twice_op)
     backend.gate.clear()

@@ -8,24 +8,10 @@ import threading
 
 import pytest
 import torch
-from support import assert_same
+from support import GatedBackend, assert_same
 from torch import Tensor
 
 import dispatch_compile as dc
-
-
-class GatedBackend:
-    """A backend that compiles when it is let, on whatever thread."""
-
-    def __init__(self) -> None:
-        self.entered, self.gate = threading.Event(), threading.Event()
-        self.threads: list[threading.Thread] = []
-
-    def __call__(self, graph, inputs):
-        self.threads.append(threading.current_thread())
-        self.entered.set()
-        assert self.gate.wait(60)
-        return graph
 
 
 @pytest.fixture
@@ -52,7 +38,7 @@ def test_calls_run_natively_until_it_is_compiled(backend, counted):
     expected = counted(x)
     with mode:
         assert_same(counted(x), expected)
-        assert backend.entered.wait(60)
+        assert backend.begun.wait(60)
         assert_same(counted(x), expected)
         backend.gate.set()
         assert mode.cache.wait(60)
@@ -81,7 +67,7 @@ def test_the_callers_tensors_are_not_kept(backend, counted):
     mode, x = background(backend), torch.randn(4, 3)
     with mode:
         counted(x)
-    assert backend.entered.wait(60)
+    assert backend.begun.wait(60)
     reference = weakref.ref(x)
     del x
     mode.trace.clear()

@@ -12,22 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from support import EAGER, EAGER_OR_NATIVE, assert_same, guarded_entries
+from support import EAGER, EAGER_OR_NATIVE, GatedBackend, assert_same, guarded_entries
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dispatch_compile as dc
 from dispatch_compile._cache import Table
 from dispatch_compile._counters import OpCounters
 
+pytestmark = pytest.mark.usefixtures("fake_tensors_on_the_main_thread")
+
 THREADS = 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fake_tensors_on_the_main_thread() -> None:
-    """torch 2.11, built for CUDA and without a device, crashes when the thread is gone that used them first."""
-    with FakeTensorMode():
-        pass
 
 
 @pytest.fixture(autouse=True)
@@ -48,20 +42,6 @@ def on_threads(work: Callable[[int], Any], threads: int = THREADS) -> list[Any]:
 
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(run, range(threads)))
-
-
-class GatedBackend:
-    """A backend that tells when it has begun, and ends when it is let."""
-
-    def __init__(self) -> None:
-        self.begun, self.gate = threading.Event(), threading.Event()
-        self.compiled = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> torch.fx.GraphModule:
-        self.begun.set()
-        assert self.gate.wait(60)
-        self.compiled += 1
-        return graph
 
 
 @pytest.fixture
@@ -180,7 +160,7 @@ def test_calls_of_what_is_being_compiled_wait_for_it(gated, counted):
         gated.gate.set()
         first.result()
         second.result()
-    assert gated.compiled == 1
+    assert len(gated.threads) == 1
     assert [event.new for event in mode.trace.events] == [True, False]
 
 

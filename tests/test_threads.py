@@ -16,16 +16,10 @@ import torch
 from shipped import IN_LIBRARY_OP, SHIPPED, OpaqueOps
 from support import EAGER, assert_same, outcome
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dispatch_compile as dc
 
-
-@pytest.fixture(scope="module", autouse=True)
-def fake_tensors_on_the_main_thread() -> None:
-    """torch 2.11, built for CUDA and without a device, crashes when the thread is gone that used them first."""
-    with FakeTensorMode():
-        pass
+pytestmark = pytest.mark.usefixtures("fake_tensors_on_the_main_thread")
 
 
 @pytest.fixture

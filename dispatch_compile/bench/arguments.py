@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
+
+from .results import BadResults
 
 DEVICES = ("cpu", "cuda")
 
@@ -30,3 +35,50 @@ def available(device: str | None, parser: argparse.ArgumentParser) -> str:
     if device == "cuda" and not has_cuda:
         parser.error("--device cuda: torch finds no CUDA device")
     return device or ("cuda" if has_cuda else "cpu")
+
+
+def command_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """The parser of ``python -m dispatch_compile COMMAND``, which has ``--device``."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m dispatch_compile {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=DEVICES, help="default: cuda if there is one")
+    return parser
+
+
+class Measured(Protocol):
+    """What a command found."""
+
+    def to_json(self) -> str: ...
+
+
+M = TypeVar("M", bound=Measured)
+
+
+def add_results_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a command write what it found, and show what an earlier run wrote; see :func:`measured_or_read`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
+    parser.add_argument("--markdown", action="store_true", help="print tables for a document")
+    parser.add_argument(
+        "--from-json", type=Path, metavar="FILE", help="measure nothing, and show what an earlier run wrote with --json"
+    )
+
+
+def measured_or_read(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    read: Callable[[Path], M],
+    measure: Callable[[str], M],
+) -> M:
+    """What ``measure(device)`` finds, or ``read`` in the file of an earlier run; written to a file if asked for.
+    Ends the command if a file cannot be read or written."""
+    try:
+        earlier = options.from_json
+        found = read(earlier) if earlier is not None else measure(available(options.device, parser))
+        if options.json is not None:
+            options.json.write_text(found.to_json())
+    except (OSError, BadResults) as error:
+        parser.error(str(error))
+    return found

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import handwritten, measure, plot, report, results
-from .arguments import DEVICES, available, positive, token_counts
+from .arguments import available, command_parser, positive, token_counts
 from .cases import CASES, DEFAULT_OPS, DTYPES
 from .progress import Progress
 from .results import BadResults, Results, Settings
@@ -87,12 +87,7 @@ def _measured(parser: argparse.ArgumentParser, options: argparse.Namespace) -> R
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dispatch_compile bench",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=DEVICES, help="default: cuda if there is one")
+    parser = command_parser("bench", DESCRIPTION)
     parser.add_argument(
         "--ops",
         type=_ops,

@@ -7,7 +7,6 @@ A child process is ``python -m dispatch_compile.bench.compile_time PEER SETTINGS
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from torch import Tensor
 from dispatch_compile import IrOp, register_op
 
 from .cases import CASES, DTYPES, Case, Inputs, Sizes
+from .child import printed_by, reason
 from .peers import OURS, TORCH_COMPILE, Contender, Ours, TorchCompileInMode, all_sizes_dynamic
 from .progress import Progress
 from .results import CompileTime, Settings
@@ -35,7 +35,6 @@ PEERS: Mapping[str, Callable[[IrOp], Contender]] = {
 }
 STATES = ("cold", "warm")
 STEPS = len(PEERS) * len(STATES)
-TIMEOUT = 300
 
 
 def measure(settings: Settings, progress: Progress) -> dict[str, dict[str, CompileTime]]:
@@ -45,7 +44,7 @@ def measure(settings: Settings, progress: Progress) -> dict[str, dict[str, Compi
         try:
             cold, warm = _cold_and_warm(peer, settings, progress)
         except (subprocess.SubprocessError, ValueError) as error:
-            progress.note(f"compile times: {peer}: {_reason(error)}")
+            progress.note(f"compile times: {peer}: {reason(error)}")
             continue
         for op in settings.ops:
             times[op][peer] = CompileTime(cold[op], warm[op])
@@ -63,23 +62,8 @@ def _cold_and_warm(peer: str, settings: Settings, progress: Progress) -> list[di
 
 
 def _in_child(peer: str, settings: Settings, cache: Path) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, peer, json.dumps(asdict(settings))],
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=True,
-    )
-    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    seconds: dict[str, float] = printed_by(__name__, [peer, json.dumps(asdict(settings))], cache)
     return seconds
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, subprocess.CalledProcessError):
-        lines: list[str] = error.stderr.strip().splitlines()
-        return lines[-1] if lines else "no message"
-    return str(error)
 
 
 def first_calls(peer: str, settings: Settings) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,14 +13,14 @@ from dispatch_compile import CompileConfig
 
 from . import numerics_results as results
 from . import timing
-from .arguments import DEVICES, available, positive
+from .arguments import add_results_arguments, command_parser, measured_or_read, positive
 from .cases import CASES, DTYPES, Case, Inputs, Sizes, tensors
 from .measure import unwatched
 from .numerics_results import BITWISE, DEFAULT, Results, Row
 from .peers import EAGER, Calling, Ours, Peer
 from .progress import Progress
 from .proof import Broken
-from .results import BadResults, describe_machine
+from .results import describe_machine
 from .ulps import Distance
 
 TOKENS = (7, 1024)
@@ -46,34 +45,17 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    try:
-        if options.from_json is not None:
-            found = results.read(options.from_json)
-        else:
-            found = run(available(options.device, parser), options.hidden)
-        if options.json is not None:
-            options.json.write_text(found.to_json())
-    except (OSError, BadResults) as error:
-        parser.error(str(error))
+    found = measured_or_read(parser, options, results.read, lambda device: run(device, options.hidden))
     print(results.markdown(found) if options.markdown else results.text(found))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dispatch_compile numerics",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=DEVICES, help="default: cuda if there is one")
+    parser = command_parser("numerics", DESCRIPTION)
     parser.add_argument(
         "--hidden", type=positive, default=HIDDEN, metavar="N", help="the inputs' width (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
-    parser.add_argument("--markdown", action="store_true", help="print a table for a document")
-    parser.add_argument(
-        "--from-json", type=Path, metavar="FILE", help="measure nothing, and show what an earlier run wrote with --json"
-    )
+    add_results_arguments(parser)
     return parser
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from .cases import Inputs, RoughInputs
 from .peers import EAGER
-from .results import read_json, versions_text, where_text
+from .results import json_text, read_json, versions_text, where_text
 from .tables import Table, aligned, as_markdown
 from .timing import DEVICE, HOST
 from .ulps import Distance
@@ -53,7 +52,7 @@ class Results:
     rows: tuple[Row, ...]
 
     def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+        return json_text(SCHEMA, asdict(self))
 
 
 def read(path: Path) -> Results:

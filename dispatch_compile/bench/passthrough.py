@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from . import passthrough_results as results
 from . import timing
-from .arguments import DEVICES, available, positive
+from .arguments import add_results_arguments, command_parser, measured_or_read, positive
 from .passthrough_calls import NO_MODE, PLAIN, comparisons
 from .passthrough_results import Results, Row
 from .peers import OURS
 from .progress import Progress
-from .results import BadResults, describe_machine
+from .results import describe_machine
 
 ROUNDS = 1000
 
@@ -37,32 +36,15 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    try:
-        if options.from_json is not None:
-            found = results.read(options.from_json)
-        else:
-            found = run(available(options.device, parser), options.rounds)
-        if options.json is not None:
-            options.json.write_text(found.to_json())
-    except (OSError, BadResults) as error:
-        parser.error(str(error))
+    found = measured_or_read(parser, options, results.read, lambda device: run(device, options.rounds))
     print(results.markdown(found) if options.markdown else results.text(found))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dispatch_compile passthrough",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=DEVICES, help="default: cuda if there is one")
+    parser = command_parser("passthrough", DESCRIPTION)
     parser.add_argument("--rounds", type=_rounds, default=ROUNDS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
-    parser.add_argument("--markdown", action="store_true", help="print tables for a document")
-    parser.add_argument(
-        "--from-json", type=Path, metavar="FILE", help="measure nothing, and show what an earlier run wrote with --json"
-    )
+    add_results_arguments(parser)
     return parser
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from .results import counted, read_json, versions_text, where_text
+from .results import counted, json_text, read_json, versions_text, where_text
 from .tables import Table, aligned, as_markdown, microseconds
 
 SCHEMA = "passthrough 1"
@@ -68,7 +67,7 @@ class Results:
     tables: Mapping[str, Sequence[Row]]
 
     def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+        return json_text(SCHEMA, asdict(self))
 
 
 def read(path: Path) -> Results:

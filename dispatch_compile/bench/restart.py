@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from .arguments import DEVICES, available, positive
+from . import restart_child
+from .arguments import add_results_arguments, command_parser, measured_or_read, positive
 from .cases import CASES, DEFAULT_OPS
+from .child import printed_by, reason
 from .progress import Progress
 from .restart_child import HIDDEN, LOADED, OURS, TOKENS, TORCH_COMPILE
-from .results import BadResults, describe_machine, read_json, versions_text, where_text
+from .results import describe_machine, json_text, read_json, versions_text, where_text
 from .tables import Table, aligned, as_markdown
 
 SCHEMA = "restart 1"
 ROUNDS = 3
-TIMEOUT = 300  # seconds, for a process
 
 COLD, WAY_LOADED = "ours, cold", "ours, loaded"
 
@@ -54,11 +51,12 @@ class Results:
     seconds: Mapping[str, Mapping[str, Sequence[float]]]
 
     def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
+        return json_text(SCHEMA, asdict(self))
 
 
-def _results(data: dict[str, Any]) -> Results:
-    return Results(data["machine"], data["device"], data["seconds"])
+def read(path: Path) -> Results:
+    """The results in a JSON file; raises as ``read_json`` does."""
+    return read_json(path, SCHEMA, lambda data: Results(data["machine"], data["device"], data["seconds"]))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,35 +67,18 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
-    try:
-        if options.from_json is not None:
-            found = read_json(options.from_json, SCHEMA, _results)
-        else:
-            found = run(available(options.device, parser), options.ops, options.rounds)
-        if options.json is not None:
-            options.json.write_text(found.to_json())
-    except (OSError, BadResults) as error:
-        parser.error(str(error))
+    found = measured_or_read(parser, options, read, lambda device: run(device, options.ops, options.rounds))
     print(markdown(found) if options.markdown else aligned(_table(found)))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dispatch_compile restart",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=DEVICES, help="default: cuda if there is one")
+    parser = command_parser("restart", DESCRIPTION)
     parser.add_argument(
         "--ops", nargs="+", choices=CASES, default=DEFAULT_OPS, metavar="OP", help="default: %(default)s"
     )
     parser.add_argument("--rounds", type=positive, default=ROUNDS, metavar="N", help="processes; default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
-    parser.add_argument("--markdown", action="store_true", help="print a table for a document")
-    parser.add_argument(
-        "--from-json", type=Path, metavar="FILE", help="measure nothing, and show what an earlier run wrote with --json"
-    )
+    add_results_arguments(parser)
     return parser
 
 
@@ -125,21 +106,10 @@ def run(device: str, ops: Iterable[str], rounds: int) -> Results:
 
 def _first_call(name: str, op: str, device: str, folder: Path, way: str) -> float:
     inductors_cache = folder / ("empty" if way == LOADED else way)  # the cold process fills it
-    done = subprocess.run(
-        [sys.executable, "-m", "dispatch_compile.bench.restart_child", way, op, device, str(folder / "saved")],
-        env={
-            **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": str(inductors_cache),
-            "TRITON_CACHE_DIR": str(inductors_cache / "triton"),
-        },
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{op}, {name}: {done.stderr.strip().splitlines()[-1]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    try:
+        found = printed_by(restart_child.__name__, [way, op, device, str(folder / "saved")], inductors_cache)
+    except (subprocess.SubprocessError, ValueError) as error:
+        raise RuntimeError(f"{op}, {name}: {reason(error)}") from error
     if (found["compiles"], found["loads"]) != ((0, 1) if way == LOADED else (1, 0)):
         raise RuntimeError(f"{op}, {name}: {found['compiles']} compilations and {found['loads']} loads")
     return float(found["seconds"])

@@ -20,7 +20,7 @@ import torch
 from dispatch_compile import CompileConfig, DispatchCompileWarning, counters
 
 from . import soak_results as results
-from .arguments import DEVICES, available, positive
+from .arguments import available, command_parser, positive
 from .progress import Progress
 from .results import describe_machine
 from .soak_calls import Engines, Worker, activities
@@ -65,14 +65,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dispatch_compile soak",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("soak", DESCRIPTION)
     parser.add_argument("--seconds", type=positive, default=SECONDS, metavar="N", help="default: %(default)s")
     parser.add_argument("--threads", type=positive, default=THREADS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--device", choices=DEVICES, help="default: cuda if there is one")
     parser.add_argument(
         "--backend", default="inductor", metavar="NAME", help="what compiles, of torch.compile's (default: %(default)s)"
     )

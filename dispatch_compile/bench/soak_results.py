@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from textwrap import shorten
 
 import torch
 
-from .results import counted
+from .results import counted, json_text
 from .tables import Table, aligned
 
 SCHEMA = "soak 1"
@@ -115,7 +114,7 @@ class Results:
             yield f"{what} grew from {start:,.0f} to {end:,.0f}, by more than {limit:,.0f}"
 
     def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self), "problems": list(self.problems())}, indent=1) + "\n"
+        return json_text(SCHEMA, {**asdict(self), "problems": list(self.problems())})
 
 
 def text(results: Results) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import warnings
 from types import ModuleType
 
-from .._errors import DispatchCompileWarning
+from .._errors import warn
 from ._required import required
 
 log = logging.getLogger("dispatch_compile")
@@ -16,8 +15,7 @@ log = logging.getLogger("dispatch_compile")
 @functools.cache
 def say_once(text: str) -> None:
     """Log, and warn of, something that runs slower than it could."""
-    log.warning("%s", text)
-    warnings.warn(text, DispatchCompileWarning, stacklevel=2)
+    warn(text, stacklevel=3)
 
 
 @functools.cache

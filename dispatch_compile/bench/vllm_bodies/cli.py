@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import plot
-from ..arguments import DEVICES, available, positive, token_counts
+from ..arguments import available, command_parser, positive, token_counts
 from ..progress import Progress
 from ..results import BadResults
 from . import picture, report, results
@@ -75,12 +75,7 @@ def _measured(parser: argparse.ArgumentParser, options: argparse.Namespace) -> R
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dispatch_compile vllm-bodies",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=DEVICES, help="default: cuda if there is one")
+    parser = command_parser("vllm-bodies", DESCRIPTION)
     parser.add_argument(
         "--bodies", type=_bodies, default=BODIES, metavar="BODY,...", help=f"of {', '.join(BODIES)} (default: all)"
     )
