@@ -10,6 +10,7 @@ from ._errors import CompileError, DispatchCompileWarning
 from ._explain import Explanation
 from ._ir import IrOp, IrOpImpl, register_op
 from ._mode import DispatchCompileMode
+from ._native import native
 from ._registry import register_native
 from ._saved_file import ArtifactError
 from ._trace import OpCall, Trace, TraceEvent
@@ -31,6 +32,7 @@ __all__ = [
     "compile_natives",
     "counters",
     "inherit_modes",
+    "native",
     "ops",
     "register_native",
     "register_op",

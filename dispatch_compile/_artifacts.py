@@ -22,7 +22,8 @@ from ._errors import warn
 from ._origin import CannotSave, Origin, digest, now
 from ._programs import Program, program_of
 from ._saved_file import ArtifactError
-from ._specialization import Arguments, within_shapes
+from ._specialize.arguments import Arguments
+from ._specialize.guards import holds
 from ._torch_private import InductorCode, TritonLaunch, guard_functions
 
 _log = logging.getLogger("dispatch_compile")
@@ -53,6 +54,7 @@ class Artifact:
     shape_guard: str | None
     result: str
     symbolic_shapes: str
+    written: tuple[str, ...]
 
     @staticmethod
     def of(origin: Origin | str, key: Hashable, code: Code) -> Artifact:
@@ -74,6 +76,10 @@ class Artifact:
             program = program_of(code.owner)
         else:
             raise CannotSave("its backend gave a function, not code")
+        if code.names:
+            raise CannotSave("its result has classes of its own")
+        if code.written and program.realigned:
+            raise CannotSave("it writes to arguments, which are copied where they are not aligned")
         fields = {name: getattr(code, name) for name in _CODE_FIELDS}
         return Artifact(origin, key_text(key), program.environment(), program, **fields)
 
@@ -89,8 +95,7 @@ class Artifact:
 
     def admits(self, arguments: Arguments) -> bool:
         """Whether the code serves these arguments, which have its key."""
-        check = within_shapes(arguments, self.shape_guard, "True", guard_functions(self.shape_guard))
-        return bool(check(arguments.args, arguments.kwargs))
+        return holds(self.shape_guard, arguments, guard_functions(self.shape_guard))
 
     def code(self) -> Code:
         """Load the code."""
@@ -98,7 +103,7 @@ class Artifact:
         return Code(run=self.program.load(), owner=self.program, **fields)
 
 
-_CODE_FIELDS = ("call", "source", "shape_guard", "result", "symbolic_shapes")
+_CODE_FIELDS = ("call", "source", "shape_guard", "result", "symbolic_shapes", "written")
 
 
 def key_text(key: Hashable) -> str:

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ from ._difference import difference
 from ._fork import freed_in_children
 from ._origin import CannotSave
 from ._postponed import Postponed
-from ._specialization import Arguments, GuardedCall
-from ._torch_private import OpOverload
+from ._specialize.arguments import NOTHING_LEARNED, Arguments, Step
+from ._specialize.change import Pattern
+from ._specialize.guards import GuardedCall
 
 _log = logging.getLogger("dispatch_compile")
 
@@ -73,6 +74,7 @@ class Table:
         warned_of: the reasons that were warned of.
         dropped: whether the cache has let go of it. It stays empty then; what is under way for it is not kept.
         postponed: the failure for which nothing is compiled for a while.
+        learned: how the arguments of the next calls are to be read.
     """
 
     def __init__(self) -> None:
@@ -81,6 +83,8 @@ class Table:
         self.warned_of: set[str] = set()
         self.dropped = False
         self.postponed: Postponed | None = None
+        self.learned = NOTHING_LEARNED
+        self._why_dynamic: str | None = None
         self._by_key: dict[Hashable, list[Specialization]] = {}  # the latest used last, as far as is known
 
     @property
@@ -93,11 +97,23 @@ class Table:
         with _lock:
             return [(key, one) for key, several in self._by_key.items() for one in several]
 
-    def find(self, key: Hashable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Specialization | None:
+    def patterns(self) -> list[Pattern]:
+        """What there are specializations for."""
+        return [one.pattern for _, one in self.specializations() if one.code is not None]
+
+    def learn(
+        self, *, dynamic: Iterable[str] = (), why: str | None = None, reads: Iterable[tuple[str, Step]] = ()
+    ) -> None:
+        """Read the arguments of the next calls otherwise: with more that is dynamic, and why, or more that is read."""
+        with _lock:
+            self.learned = self.learned.with_more(dynamic, reads)
+            self._why_dynamic = why or self._why_dynamic
+
+    def find(self, key: Hashable, arguments: Arguments) -> Specialization | None:
         """The specialization for a key whose guards on the dynamic sizes hold for these arguments."""
         with _lock:
             several = tuple(self._by_key.get(key, ()))
-        return next((one for one in several if one.admits(args, kwargs)), None)
+        return next((one for one in several if one.admits(arguments)), None)
 
     def add(self, key: Hashable, specialization: Specialization) -> None:
         """Keep a specialization under its key."""
@@ -110,9 +126,16 @@ class Table:
         others = [known for several in list(self._by_key.values()) for known in several]
         return difference(made.components, ((other.components, other.guard) for other in others))
 
-    def add_guard(self, key: Hashable, specialization: Specialization, arguments: Arguments) -> Guarded:
+    def why_new(self, made: Specialization) -> str | None:
+        """Why a specialization is new, where there are others: what has become dynamic, or the difference."""
+        why, self._why_dynamic = self._why_dynamic, None
+        return why or self.difference(made)
+
+    def add_guard(
+        self, key: Hashable, specialization: Specialization, arguments: Arguments, of_function: bool
+    ) -> Guarded:
         """Put an exact guard for such arguments in front of the others: the last call is the likeliest next."""
-        entry = Guarded(specialization.guarded_call(arguments), specialization)
+        entry = Guarded(specialization.guarded_call(arguments, of_function=of_function), specialization)
         with _lock:
             several = self._by_key.pop(key, None)
             if several is not None:
@@ -258,10 +281,9 @@ class NativeCache:
                     entry.drop()
                     del self._entries[impl]
 
-    def counters_of(self, overload: OpOverload) -> OpCounters:
-        """The counts of one op in this cache, made on first use."""
+    def counters_of(self, name: str) -> OpCounters:
+        """The counts of one op or function in this cache, by its full name, made on first use."""
         with _lock:
-            name = f"{overload._schema.name}.{overload._overloadname}"
             return self._counters.setdefault(name, OpCounters())
 
     def stats(self) -> CacheStats:

@@ -4,23 +4,31 @@ is a symbol, and keep what torch assumed about that symbol as guards."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ._specialization import Arguments, layout_with, sizes, strides, why_special
-from ._torch_private import OpOverload, dynamic_size, new_fake_mode, new_shape_env, size_depends_on_values, trace
+from ._results import Result, result_of
+from ._specialize.arguments import Arguments, Leaf, Parameters, layout_with, sizes, strides
+from ._specialize.aside import why_special
+from ._specialize.memory import overlaps_itself
+from ._stand_ins import StandIns, StepAside, Unread, contents
+from ._torch_private import (
+    OpOverload,
+    dynamic_int,
+    dynamic_size,
+    new_fake_mode,
+    new_shape_env,
+    size_depends_on_values,
+    trace,
+)
 
 
 class CannotCapture(Exception):
     """The implementation has no graph that is right for these arguments; the message says why."""
-
-
-class StepAside(Exception):
-    """The implementation has a graph, but compiled code would not behave as the implementation does."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +63,26 @@ class Captured:
 
     graph: GraphModule
     token_counts: dict[str, torch.SymInt]  # by the source that reads it: a0.size(0)
+    numbers: list[Any]  # of the dynamic numbers: a symbol for an integer, a tensor of one element for a float
     fakes: list[torch.Tensor]
     shape_env: Any
-    result: str  # expression that makes the op's result of `{}`, the list of output tensors
+    result: Result
+    written: tuple[Leaf, ...]  # the arguments that the implementation writes to
     arguments: Arguments
 
     @property
     def inputs(self) -> list[Any]:
         """What the graph takes, as symbols and fake tensors."""
-        return [*self.token_counts.values(), *self.fakes]
+        return [*self.token_counts.values(), *self.numbers, *self.fakes]
 
     @property
     def input_sources(self) -> list[str]:
         """Expressions for what the graph takes, in terms of the leaves' sources."""
-        return [*self.token_counts, *(leaf.source for leaf in self.arguments.tensors)]
+        numbers = [
+            leaf.source if isinstance(leaf.value, int) else f"float_tensor({leaf.source})"
+            for leaf in self.arguments.dynamic_numbers
+        ]
+        return [*self.token_counts, *numbers, *(leaf.source for leaf in self.arguments.tensors)]
 
     @property
     def outputs(self) -> list[torch.Tensor]:
@@ -78,8 +92,8 @@ class Captured:
 
     def guards(self) -> str | None:
         """What must hold of the dynamic sizes, as an expression in terms of the leaves' sources; None if nothing."""
-        text = self.shape_env.produce_guards_expression(self.fakes) or ""
-        sources = [leaf.source for leaf in self.arguments.tensors]
+        text = self.shape_env.produce_guards_expression([*self.numbers, *self.fakes]) or ""
+        sources = [leaf.source for leaf in (*self.arguments.dynamic_numbers, *self.arguments.tensors)]
         text = re.sub(r"L\['t(\d+)'\]", lambda match: sources[int(match[1])], text)
         text = re.sub(r"\.(size|stride)\(\)\[(\d+)\]", r".\1(\2)", text)
         return " and ".join(filter(None, [text, *self._sizes_become_static()])) or None
@@ -110,73 +124,103 @@ class Captured:
         return ", ".join(shapes)
 
 
-def capture(fn: Callable[..., Any], arguments: Arguments, tokens: int | None = None) -> Captured:
+def capture(
+    fn: Callable[..., Any], parameters: Parameters, arguments: Arguments, tokens: Mapping[int, int] | None = None
+) -> Captured:
     """Trace ``fn`` for these arguments.
 
     Args:
         fn: the implementation.
+        parameters: of the op or function.
         arguments: a call's arguments.
-        tokens: the number of tokens to assume where the implementation, or the compiler, asks for it; the call's own
-            if None. The guards tell whether the graph serves the call.
+        tokens: the size to assume for each size of the arguments where the implementation, or the compiler, asks for
+            it; the call's own if None. The guards tell whether the graph serves the call.
 
     Raises:
-        StepAside: the result or a side effect could not be kept (an argument changed or returned, random numbers).
+        StepAside: the result or a side effect could not be kept (random numbers, a result that is a view).
         CannotCapture: the implementation cannot be traced.
+        Unread: it reads of its objects what is not among the leaves.
     """
     shape_env = new_shape_env()
     fake_mode = new_fake_mode(shape_env)
-    token_counts, fakes = _fake_inputs(arguments, shape_env, fake_mode, tokens)
-    result_of = ""
+    token_counts, numbers, fakes = _fake_inputs(arguments, shape_env, fake_mode, tokens or {})
+    stand_ins = StandIns(parameters, lambda tensor: _fake_like(tensor, fake_mode))
+    found: list[Result] = []
 
     def flat(*inputs: Any) -> list[torch.Tensor]:
-        nonlocal result_of
-        tensors = inputs[len(token_counts) :]
-        args, kwargs = arguments.with_tensors(tensors)
-        result = fn(*args, **kwargs)
-        outputs, result_of = _flat_outputs(result)
+        given = inputs[len(token_counts) :]
+        tensors = given[len(numbers) :]
+        args, kwargs = arguments.rebuilt(arguments.values_with(tensors, given[: len(numbers)]), stand_ins.make)
+        shown = [args, kwargs, stand_ins.shown]
+        before = contents(shown)
+        returned = fn(*args, **kwargs)
+        if contents(shown)[:2] != before[:2]:
+            raise StepAside("the implementation changes a list or dictionary that it is given")
+        inputs_by_source = {leaf.source: t for leaf, t in zip(arguments.tensors, tensors, strict=True)}
+        found.append(result_of(returned, inputs_by_source, token_counts))
         _check_inputs(tensors, arguments)
-        _check_outputs(outputs, tensors, arguments)
-        return outputs
+        _check_outputs(found[-1].outputs, tensors, arguments)
+        return found[-1].outputs
 
     try:
-        graph = trace(flat, [*token_counts.values(), *fakes])
+        graph = trace(flat, [*token_counts.values(), *numbers, *fakes])
     except StepAside:
+        if stand_ins.unread:
+            raise Unread(frozenset(stand_ins.unread)) from None
         raise
     except Exception as error:
+        if stand_ins.unread:
+            raise Unread(frozenset(stand_ins.unread)) from None
         raise CannotCapture(first_line(error)) from error
+    if stand_ins.unread:
+        raise Unread(frozenset(stand_ins.unread))
     _unregister_constants(graph)
-    _check_graph(graph, arguments)
-    return Captured(graph, token_counts, fakes, shape_env, result_of, arguments)
+    written = _check_graph(graph, parameters, arguments)
+    return Captured(graph, token_counts, numbers, fakes, shape_env, found[-1], written, arguments)
 
 
-def result_layouts(fn: Callable[..., Any], arguments: Arguments) -> list[Layout]:
+def result_layouts(fn: Callable[..., Any], parameters: Parameters, arguments: Arguments) -> list[Layout]:
     """How the implementation's results are laid out for exactly these arguments."""
-    tensors = [leaf.value for leaf in arguments.tensors]
-    with new_fake_mode(None):
-        args, kwargs = arguments.with_tensors(
-            [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
-        )
-        outputs, _ = _flat_outputs(fn(*args, **kwargs))
-    return [Layout.of(output) for output in outputs]
+    fake_mode = new_fake_mode(None)
+    fakes = [_fake_like(leaf.value, fake_mode) for leaf in arguments.tensors]
+    stand_ins = StandIns(parameters, lambda tensor: _fake_like(tensor, fake_mode))
+    args, kwargs = arguments.rebuilt(arguments.values_with(fakes), stand_ins.make)
+    with fake_mode:
+        returned = fn(*args, **kwargs)
+    inputs = {leaf.source: fake for leaf, fake in zip(arguments.tensors, fakes, strict=True)}
+    return [Layout.of(output) for output in result_of(returned, inputs, {}).outputs]
+
+
+def _fake_like(tensor: torch.Tensor, fake_mode: Any) -> torch.Tensor:
+    with fake_mode, torch.inference_mode(tensor.is_inference()):
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _fake_inputs(
-    arguments: Arguments, shape_env: Any, fake_mode: Any, tokens: int | None
-) -> tuple[dict[str, torch.SymInt], list[torch.Tensor]]:
+    arguments: Arguments, shape_env: Any, fake_mode: Any, tokens: Mapping[int, int]
+) -> tuple[dict[str, torch.SymInt], list[Any], list[torch.Tensor]]:
     """A fake for every tensor leaf, each with storage of its own: a tensor given twice is two inputs."""
-    symbols: dict[int, torch.SymInt] = {}  # activations with as many tokens share the symbol, as guards then say
+    numbers: list[Any] = []
+    for i, leaf in enumerate(arguments.dynamic_numbers):
+        if isinstance(leaf.value, int):
+            numbers.append(dynamic_int(shape_env, leaf.value, f"t{i}"))
+        else:
+            with fake_mode:
+                numbers.append(torch.empty((), dtype=torch.float64))
+    symbols: dict[int, torch.SymInt] = {}  # tensors with as many tokens share the symbol, as guards then say
     token_counts: dict[str, torch.SymInt] = {}
     fakes = []
-    for i, leaf in enumerate(arguments.tensors):
+    for i, leaf in enumerate(arguments.tensors, len(numbers)):
         tensor = leaf.value
-        if leaf.dynamic and tensor.size(0) not in symbols:
-            symbol = symbols[tensor.size(0)] = dynamic_size(shape_env, tokens or tensor.size(0), f"t{i}")
+        count = tensor.size(0) if leaf.dynamic else 0
+        if leaf.dynamic and count not in symbols:
+            symbol = symbols[count] = dynamic_size(shape_env, tokens.get(count, count), f"t{i}")
             token_counts[f"{leaf.source}.size(0)"] = symbol
-        size, stride = layout_with(leaf, symbols[tensor.size(0)] if leaf.dynamic else None)
+        size, stride = layout_with(leaf, symbols[count] if leaf.dynamic else None)
         with fake_mode, torch.inference_mode(tensor.is_inference()):
             fake = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
         fakes.append(fake.requires_grad_(tensor.requires_grad))
-    return token_counts, fakes
+    return token_counts, numbers, fakes
 
 
 def _unregister_constants(graph: GraphModule) -> None:
@@ -185,20 +229,6 @@ def _unregister_constants(graph: GraphModule) -> None:
     for name, constant in list(graph.named_buffers(recurse=False)):
         delattr(graph, name)
         setattr(graph, name, constant)
-
-
-def _flat_outputs(result: Any) -> tuple[list[torch.Tensor], str]:
-    if isinstance(result, torch.Tensor):
-        return [result], "{}[0]"
-    if isinstance(result, (tuple, list)) and result and all(isinstance(item, torch.Tensor) for item in result):
-        return list(result), "tuple({})" if isinstance(result, tuple) else "list({})"
-    raise StepAside(f"the implementation returns {_described(result)}, not tensors")
-
-
-def _described(result: Any) -> str:
-    if isinstance(result, (tuple, list)):
-        return f"({', '.join(type(item).__name__ for item in result)})"
-    return f"a {type(result).__name__}"
 
 
 def _check_inputs(inputs: Sequence[torch.Tensor], arguments: Arguments) -> None:
@@ -231,11 +261,13 @@ def _why_not_made_by_code(output: torch.Tensor) -> str | None:
     return why_special(output)
 
 
-def _check_graph(graph: GraphModule, arguments: Arguments) -> None:
+def _check_graph(graph: GraphModule, parameters: Parameters, arguments: Arguments) -> tuple[Leaf, ...]:
+    """The arguments that the graph writes to."""
     nodes = list(graph.graph.nodes)
     inputs = [node.meta["val"] for node in nodes if node.op == "placeholder"]
-    fakes = [value for value in inputs if isinstance(value, torch.Tensor)]
-    owners = {_storage(fake): leaf.name for fake, leaf in zip(fakes, arguments.tensors, strict=True)}
+    fakes = inputs[len(inputs) - len(arguments.tensors) :]
+    owners = {_storage(fake): leaf for fake, leaf in zip(fakes, arguments.tensors, strict=True)}
+    changed: dict[str, Leaf] = {}
     for node in nodes:
         if not isinstance(node.target, OpOverload):
             continue
@@ -247,9 +279,18 @@ def _check_graph(graph: GraphModule, arguments: Arguments) -> None:
         if node.target is torch.ops.aten.as_strided.default:
             raise StepAside("the implementation uses as_strided, which reads the storage offset")
         for written in _written(node):
-            name = owners.get(_storage(written.meta["val"]))
-            if name is not None:
-                raise StepAside(f"the implementation changes its argument {name}")
+            leaf = owners.get(_storage(written.meta["val"]))
+            if leaf is not None:
+                _check_may_be_written(leaf, parameters)
+                changed[leaf.source] = leaf
+    return tuple(changed.values())
+
+
+def _check_may_be_written(leaf: Leaf, parameters: Parameters) -> None:
+    if parameters.written is not None and leaf.parameter not in parameters.written:
+        raise StepAside(f"the implementation changes its argument {leaf.name}, which is not declared as mutated")
+    if overlaps_itself(leaf.value):
+        raise StepAside(f"the implementation writes to {leaf.name}, elements of which share memory")
 
 
 def _may_raise(node: Node) -> bool:

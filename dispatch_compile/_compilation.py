@@ -4,26 +4,30 @@ capture, Inductor (or another torch.compile backend), and the guards under which
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from ._bitwise import inexact_ops
-from ._capture import CannotCapture, Captured, Layout, StepAside, capture, first_line, result_layouts
+from ._capture import CannotCapture, Captured, Layout, capture, first_line, result_layouts
 from ._config import CompileConfig
 from ._difference import Components, components_of, in_names
 from ._inductor_options import options_for
 from ._ir import Impl
 from ._origin import Origin
 from ._postponed import free_memory_of, may_pass
-from ._programs import Program, Run
-from ._specialization import Arguments, GuardedCall, guarded, with_tokens, within_shapes
+from ._programs import Program, Run, copy_of
+from ._specialize.arguments import Arguments, Parameters, with_tokens
+from ._specialize.change import Pattern, pattern_of
+from ._specialize.guards import GuardedCall, evaluated, guarded, holds
+from ._specialize.memory import apart, sharing
+from ._stand_ins import StepAside
 from ._torch_private import (
     InductorCode,
-    OpOverload,
     causes,
     forget_failed_compilations,
     forget_shape_envs,
@@ -58,8 +62,10 @@ class Code:
     call: str  # expression that runs it, in terms of `run` and the leaves' sources
     source: str | None  # the text of the generated code, if the backend generates any
     shape_guard: str | None  # what must hold of the dynamic sizes
-    result: str  # expression that makes the op's result of `{}`, the list of output tensors
+    result: str  # expression that makes the op's result of `out`, the list of output tensors
     symbolic_shapes: str
+    written: tuple[str, ...] = ()  # sources of the arguments that it writes to
+    names: Mapping[str, Any] = field(default_factory=dict)  # what `result` refers to
     owner: object = None  # what takes the code apart when it is freed, or of which it can be made again
     path: str | None = None  # the file that the backend wrote `source` to
 
@@ -73,58 +79,88 @@ class Specialization:
 
     code: Code | None
     components: Components  # what the key is made of, for people
+    pattern: Pattern  # the same, leaf by leaf
     guard: str | None = None  # what must hold of the dynamic sizes, in the parameters' names
     failure: str | None = None
     fatal: bool = False  # whether calls raise the failure
-    # The guards on the dynamic sizes, for arguments of the right key.
-    admits: GuardedCall = lambda args, kwargs: True
     origin: Origin | str = "there is no code"  # what the code was made of, or why that cannot be told
 
     @staticmethod
     def of(code: Code, arguments: Arguments, origin: Origin | str) -> Specialization:
         """The specialization of such arguments, for which there is code."""
-        functions = guard_functions(code.shape_guard)
-        admits = within_shapes(arguments, code.shape_guard, "True", functions)
         guard = in_names(code.shape_guard, arguments)
-        return Specialization(code, components_of(arguments), guard, admits=admits, origin=origin)
+        return Specialization(code, components_of(arguments), pattern_of(arguments), guard, origin=origin)
 
-    def guarded_call(self, arguments: Arguments) -> GuardedCall:
+    def admits(self, arguments: Arguments) -> bool:
+        """Whether the guards on the dynamic sizes hold for arguments that have the key."""
+        guard = None if self.code is None else self.code.shape_guard
+        return holds(guard, arguments, guard_functions(guard))
+
+    def why_aside(self, arguments: Arguments) -> str | None:
+        """Why the code may not run for arguments that it admits; None if it may."""
+        written = () if self.code is None else self.code.written
+        shared = sharing((leaf for leaf in arguments.tensors if leaf.source in written), arguments.tensors)
+        return None if shared is None else f"{shared[0].name}, which is written, shares memory with {shared[1].name}"
+
+    def guarded_call(self, arguments: Arguments, *, of_function: bool) -> GuardedCall:
         """``call(args, kwargs)`` that runs the code for arguments like these, and gives MISS for any other.
 
         Without code, it gives None for arguments like these.
         """
         if self.code is None:
-            return guarded(arguments, None, "None", {})
-        names = {**guard_functions(self.code.shape_guard), "run": self.code.run}
-        return guarded(arguments, self.code.shape_guard, self.code.result.format(self.code.call), names)
+            return guarded(arguments, None, ["return None"], {}, of_function=of_function)
+        code = self.code
+        guard = " and ".join(filter(None, [code.shape_guard, *_separate(code, arguments)])) or None
+        names = {**_names(code), "apart": apart, "changed": torch.autograd.graph.increment_version}
+        counted = [leaf.source for leaf in arguments.tensors if not leaf.value.is_inference()]
+        changed = [f"changed({source})" for source in code.written if source in counted]
+        result = [f"out = {code.call}", *changed, f"return {code.result}"]
+        return guarded(arguments, guard, result, names, of_function=of_function)
+
+
+def _separate(code: Code, arguments: Arguments) -> list[str]:
+    """Conditions that no argument that is written shares memory with another."""
+    sources = [leaf.source for leaf in arguments.tensors]
+    written = [source for source in sources if source in code.written]
+    return [f"apart({one}, {other})" for one in written for other in sources if other != one]
+
+
+def _names(code: Code) -> dict[str, Any]:
+    """What the expressions of code refer to, but for the arguments."""
+    return {**guard_functions(code.shape_guard), **code.names, "run": code.run, "float_tensor": _float_tensor}
+
+
+# A Python number as code takes it: an input of its own, of one element, on the CPU.
+_float_tensor = partial(torch.scalar_tensor, dtype=torch.float64)
 
 
 def specialize(
-    overload: OpOverload, impl: Impl, arguments: Arguments, config: CompileConfig, origin: Origin | str
+    name: str, impl: Impl, parameters: Parameters, arguments: Arguments, config: CompileConfig, origin: Origin | str
 ) -> Specialization:
     """Compile an implementation for a call's arguments.
 
     Raises:
         CannotCompile: it cannot be captured, or the backend failed.
         CannotCompileNow: the same, for lack of memory, disk space or the like.
+        Unread: it reads of its objects what is not among the leaves.
     """
     try:
-        code = _code_for(impl.func_impl_fn, arguments, config)
-        _check_results(code, impl.func_impl_fn, arguments)
+        code = _code_for(impl.func_impl_fn, parameters, arguments, config)
+        _check_results(code, impl.func_impl_fn, parameters, arguments)
     except StepAside as reason:
-        return Specialization(None, components_of(arguments), failure=str(reason))
+        return Specialization(None, components_of(arguments), pattern_of(arguments), failure=str(reason))
     except CannotCapture as error:
-        raise _not_captured(overload, impl, error) from error.__cause__
+        raise _not_captured(name, impl, error) from error.__cause__
     except Exception as error:
-        raise cannot_compile(overload, impl, config, error) from error
+        raise cannot_compile(name, impl, config, error) from error
     finally:
         forget_shape_envs()
     return Specialization.of(code, arguments, origin)
 
 
-def cannot_compile(overload: OpOverload, impl: Impl, config: CompileConfig, error: BaseException) -> CannotCompile:
+def cannot_compile(name: str, impl: Impl, config: CompileConfig, error: BaseException) -> CannotCompile:
     """The error for an implementation that could not be compiled because of another error."""
-    what = f"{_what(overload, impl)} cannot be compiled with {config.backend!r}"
+    what = f"{_what(name, impl)} cannot be compiled with {config.backend!r}"
     cause = "; ".join(filter(None, [first_line(error), _compilers_words(error), _advice(error)]))
     if not may_pass(error):
         return CannotCompile(f"{what}: {cause}")
@@ -154,46 +190,55 @@ def _advice(error: BaseException) -> str | None:
     return None
 
 
-def foresee(overload: OpOverload, impl: Impl, arguments: Arguments) -> Specialization:
+def foresee(name: str, impl: Impl, parameters: Parameters, arguments: Arguments) -> Specialization:
     """What :func:`specialize` would come to, as far as that can be told without compiling. Its code cannot be run.
 
     Raises:
         CannotCompile: it cannot be captured.
     """
-    components = components_of(arguments)
+    components, pattern = components_of(arguments), pattern_of(arguments)
     try:
-        captured = capture(impl.func_impl_fn, arguments)
+        captured = capture(impl.func_impl_fn, parameters, arguments)
     except StepAside as reason:
-        return Specialization(None, components, failure=str(reason))
+        return Specialization(None, components, pattern, failure=str(reason))
     except CannotCapture as error:
-        raise _not_captured(overload, impl, error) from error.__cause__
+        raise _not_captured(name, impl, error) from error.__cause__
     finally:
         forget_shape_envs()
     code = _code(captured, captured.guards(), _not_compiled)
-    return Specialization(code, components, in_names(code.shape_guard, arguments))
+    return Specialization(code, components, pattern, in_names(code.shape_guard, arguments))
 
 
 def _not_compiled(inputs: list[Any]) -> list[torch.Tensor]:
     raise AssertionError("called before it was compiled")
 
 
-def _code_for(fn: Callable[..., Any], arguments: Arguments, config: CompileConfig) -> Code:
+def _code_for(fn: Callable[..., Any], parameters: Parameters, arguments: Arguments, config: CompileConfig) -> Code:
     """Code tuned for many tokens, or for the call's own number if the implementation has another graph for many."""
-    if len({leaf.value.size(0) for leaf in arguments.tensors if leaf.dynamic}) == 1:
+    tokens = _many_tokens(arguments)
+    if tokens:
         with suppress(CannotCapture, StepAside):  # many tokens may be what the implementation does not take
-            captured = capture(fn, arguments, tokens=TOKENS_TO_TUNE_FOR)
+            captured = capture(fn, parameters, arguments, tokens)
             if _admits(captured, arguments):
                 code = _compile(captured, config)
                 if _admits(captured, arguments):  # compiling may have added guards
                     _tune(code, arguments)
                     return code
-    return _compile(capture(fn, arguments), config)
+    return _compile(capture(fn, parameters, arguments), config)
+
+
+def _many_tokens(arguments: Arguments) -> dict[int, int]:
+    """What size to tune for, by size of the call: sizes that are multiples of each other stay so."""
+    counts = {leaf.value.size(0) for leaf in arguments.tensors if leaf.dynamic}
+    if len(counts) == 1:
+        return dict.fromkeys(counts, TOKENS_TO_TUNE_FOR)
+    times = max(1, TOKENS_TO_TUNE_FOR // min(counts, default=1))
+    return {count: count * times for count in counts}
 
 
 def _admits(captured: Captured, arguments: Arguments) -> bool:
     guards = captured.guards()
-    check = within_shapes(arguments, guards, "True", guard_functions(guards))
-    return bool(check(arguments.args, arguments.kwargs))
+    return holds(guards, arguments, guard_functions(guards))
 
 
 def _tune(code: Code, arguments: Arguments) -> None:
@@ -201,42 +246,52 @@ def _tune(code: Code, arguments: Arguments) -> None:
     tensors = arguments.tensors
     if not any(leaf.value.is_cuda for leaf in tensors):
         return
-    bytes_per_token = sum(leaf.value.nbytes // leaf.value.size(0) for leaf in tensors if leaf.dynamic)
-    tokens = max(2, min(TOKENS_TO_TUNE_FOR, BYTES_TO_TUNE_ON // max(1, bytes_per_token)))
-    many = [with_tokens(leaf, tokens) if leaf.dynamic else leaf.value for leaf in tensors]
-    args, kwargs = arguments.with_tensors(many)
-    _within_shapes(code, arguments)(tuple(args), kwargs)
+    smallest = min(leaf.value.size(0) for leaf in tensors if leaf.dynamic)
+    bytes_per_token = sum(leaf.value.nbytes for leaf in tensors if leaf.dynamic) // smallest
+    times = min(TOKENS_TO_TUNE_FOR, BYTES_TO_TUNE_ON // max(1, bytes_per_token)) // smallest
+    many = [with_tokens(leaf, max(2, times * leaf.value.size(0))) if leaf.dynamic else leaf.value for leaf in tensors]
+    _try(code, arguments.with_tensors(many))
 
 
-def _check_results(code: Code, fn: Callable[..., Any], arguments: Arguments) -> None:
+def _check_results(code: Code, fn: Callable[..., Any], parameters: Parameters, arguments: Arguments) -> None:
     """Run the code once, and compare its results with what the implementation promises, in all but the values."""
-    actual = list(map(Layout.of, _within_shapes(code, arguments)(arguments.args, arguments.kwargs)))
-    expected = result_layouts(fn, arguments)
+    outputs = _try(code, arguments)
+    if outputs is None:
+        return
+    actual = list(map(Layout.of, outputs))
+    expected = result_layouts(fn, parameters, arguments)
     if actual != expected:
         given, promised = (", ".join(map(str, layouts)) for layouts in (actual, expected))
         raise RuntimeError(f"the code gives {given} where the implementation gives {promised}")
 
 
-def _within_shapes(code: Code, arguments: Arguments) -> GuardedCall:
-    """``call(args, kwargs)``: the code's output tensors for arguments with the same key, None where it must not run."""
-    names = {**guard_functions(code.shape_guard), "run": code.run}
-    return within_shapes(arguments, code.shape_guard, code.call, names)
+def _try(code: Code, arguments: Arguments) -> Sequence[torch.Tensor] | None:
+    """The code's output tensors for arguments with the same key, of which it changes copies; None where it must not
+    run, or the copies would take much memory."""
+    written = [leaf for leaf in arguments.tensors if leaf.source in code.written]
+    if not holds(code.shape_guard, arguments, guard_functions(code.shape_guard)):
+        return None
+    if sum(leaf.value.nbytes for leaf in written) > BYTES_TO_TUNE_ON:
+        return None
+    tensors = [copy_of(leaf.value) if leaf.source in code.written else leaf.value for leaf in arguments.tensors]
+    outputs: Sequence[torch.Tensor] = evaluated(code.call, arguments.with_tensors(tensors), _names(code))
+    return outputs
 
 
-def _not_captured(overload: OpOverload, impl: Impl, error: CannotCapture) -> CannotCompile:
-    return CannotCompile(f"{_what(overload, impl)} cannot be captured: {error}")
+def _not_captured(name: str, impl: Impl, error: CannotCapture) -> CannotCompile:
+    return CannotCompile(f"{_what(name, impl)} cannot be captured: {error}")
 
 
-def _what(overload: OpOverload, impl: Impl) -> str:
-    return f"the {impl.provider!r} implementation of {overload.name()}"
+def _what(name: str, impl: Impl) -> str:
+    return f"the {impl.provider!r} implementation of {name}"
 
 
 def _compile(captured: Captured, config: CompileConfig) -> Code:
     not_compiled = _code(captured, captured.guards(), _run_of_backend(captured.graph))
     # Raises where eager does for such arguments: compiled code also runs where eager has no kernel for a dtype.
-    _within_shapes(not_compiled, captured.arguments)(captured.arguments.args, captured.arguments.kwargs)
+    _try(not_compiled, captured.arguments)
     owner: InductorCode | Program | None = None
-    if all(_is_known_to_be_empty(output) for output in captured.outputs):
+    if not captured.written and all(_is_known_to_be_empty(output) for output in captured.outputs):
         if captured.may_raise:
             return not_compiled
         owner = _program_of_nothing(captured.outputs)
@@ -260,8 +315,10 @@ def _code(captured: Captured, guards: str | None, run: Run, owner: InductorCode 
         call=f"run([{', '.join(captured.input_sources)}])",
         source=None if generated is None else generated.source,
         shape_guard=guards,
-        result=captured.result,
+        result=captured.result.expression,
         symbolic_shapes=captured.symbolic_shapes(),
+        written=tuple(leaf.source for leaf in captured.written),
+        names=captured.result.names,
         owner=owner,
         path=None if generated is None else generated.path,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from ._specialization import Arguments, Leaf, sizes, strides
+from ._specialize.arguments import Arguments, Leaf, sizes, strides
 from ._torch_private import dtype_abbreviation, global_state
 
 Components = Mapping[str, str]  # text by name, so that "name is text" reads well
@@ -69,13 +69,13 @@ def in_names(guard: str | None, arguments: Arguments) -> str | None:
     if guard is None:
         return None
     names = {leaf.source: leaf.name for leaf in arguments.leaves}
-    return re.sub(r"\b[ak]\d+(?:\[\d+\])?", lambda match: names.get(match[0], match[0]), guard)
+    return re.sub(r"\ba\d+(?:_\d+)*", lambda match: names.get(match[0], match[0]), guard)
 
 
 def _of_leaf(leaf: Leaf) -> Iterator[tuple[str, str]]:
     value, name = leaf.value, leaf.name
     if not isinstance(value, torch.Tensor):
-        yield name, repr(value)
+        yield name, f"any {type(value).__name__}" if leaf.dynamic else repr(value)
         return
     yield name, dtype_abbreviation(value.dtype)
     shape = ("s0" if isinstance(size, str) else str(size) for size in sizes(leaf))

@@ -18,6 +18,7 @@ from torch import fx
 from . import _background, _registry
 from ._active import EVERY_OP, active
 from ._cache import Table
+from ._callee import full_name
 from ._capture import Captured, capture
 from ._compilation import CannotCompile, CannotCompileNow, Specialization, foresee
 from ._difference import argument_components, in_names, state_components
@@ -26,13 +27,18 @@ from ._ir import Impl, Op
 from ._making import IN_BACKGROUND, Made, Maker, without_compiler
 from ._origin import Origin
 from ._route import IN_CUDA_GRAPH, Route, captures_cuda_graph, not_in_providers
-from ._specialization import Arguments, flatten, key_of, why_aside, why_own_kind
+from ._specialize.arguments import Arguments, flatten
+from ._specialize.aside import why_aside, why_function_aside, why_own_kind
+from ._specialize.change import why_dynamic
+from ._specialize.key import key_of
+from ._stand_ins import Unread
 from ._summary import summary_of, text_of
 from ._torch_private import NoCompiler, OpOverload, decomposes, without_modes, without_version_counting
 from ._trace import COMPILED, NATIVE, PASSED
 
 if TYPE_CHECKING:
     from ._mode import DispatchCompileMode
+    from ._native import Native
 
 
 @dataclass(frozen=True)
@@ -167,18 +173,39 @@ def explanation_of(
         )
     reason = "the mode's ops= leaves it out" if route is None else _why_not_caught(overload, route, args, kwargs)
     if route is not None and reason is None:
-        explaining = _ExplainingRoute(op, overload, route.config, route.cache)
-        explanation = _explained_where_caught(mode, explaining, args, kwargs)
+        explaining = _ExplainingRoute(op, route.callee, route.config, route.cache)
+        explanation = _explained_where_caught(mode, explaining, overload, args, kwargs)
         if explanation is not None:
             return explanation
         reason = "a kernel of its own deals with it before it gets to where calls are caught"
-    return _passed(op, op.dispatch(*args, **kwargs), overload, args, kwargs, reason)
+    return _passed(op, op.dispatch(*args, **kwargs), full_name(overload), args, kwargs, reason)
+
+
+def explanation_of_function(
+    mode: DispatchCompileMode, native: Native, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Explanation:
+    """What a mode would do with a call of a function made now on this thread.
+
+    Raises:
+        TypeError: the function does not take these arguments.
+    """
+    native.signature.bind(*args, **kwargs)
+    route = mode.route_of(native)
+    if route is None:
+        reason = "the mode's ops= leaves it out"
+        return _passed(native, native.impl, native.name, args, kwargs, reason)
+    explaining = _ExplainingRoute(native, native.callee, route.config, route.cache)
+    with active.suspended():
+        return explaining.explained(native, (*native.outside(), *args), kwargs)
 
 
 def _explained_where_caught(
-    mode: DispatchCompileMode, explaining: _ExplainingRoute, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    mode: DispatchCompileMode,
+    explaining: _ExplainingRoute,
+    overload: OpOverload,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> Explanation | None:
-    overload = explaining.overload
     on_stack = mode.on_torchs_stack() if mode.interception == EVERY_OP else nullcontext()
     try:
         with active.suspended(), without_modes(), on_stack, without_version_counting():
@@ -200,8 +227,8 @@ def _why_not_caught(overload: OpOverload, route: Route, args: tuple[Any, ...], k
     """Why the call would run something else than the op before it could be caught; None if it would not."""
     if decomposes(overload):
         return "it decomposes before it gets to where calls are caught"
-    known = args[: len(route.parameters.names)]  # of more, the dispatcher complains
-    for leaf in flatten(route.parameters, known, kwargs).tensors:
+    known = args[: len(route.callee.parameters.names)]  # of more, the dispatcher complains
+    for leaf in flatten(route.callee.parameters, known, kwargs).tensors:
         why = why_own_kind(leaf.value)
         if why is not None:
             return f"{leaf.name} {why}"
@@ -229,30 +256,46 @@ class _ExplainingRoute(Route):
         op = self.op()
         assert op is not None, "explanation_of() holds it"
         with active.suspended():
-            self.explanation = self._explained(op, args, kwargs)
+            self.explanation = self.explained(op, args, kwargs)
         raise _Explained
 
-    def _explained(self, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Explanation:
+    def explained(self, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Explanation:
         impl = op.dispatch(*args, **kwargs)
-        passed = _passed(op, impl, self.overload, args, kwargs, None)
+        callee = self.callee
+        passed = _passed(op, impl, callee.full_name, args[callee.parameters.hidden :], kwargs, None)
         if impl.provider not in self.config.providers:
             return replace(passed, reason=not_in_providers(impl, self.config))
-        arguments = flatten(self.parameters, args, kwargs)
-        reason = why_aside(arguments)
-        if reason is not None:
-            return replace(passed, reason=reason)
-        return self._not_passed(passed, impl, arguments)
+        table = self.cache.existing_table(impl, self.config) or Table()
+        learned, why_new = table.learned, None
+        while True:
+            arguments = flatten(callee.parameters, args, kwargs, learned)
+            reason = (why_function_aside(arguments) if callee.is_function else None) or why_aside(arguments)
+            if reason is not None:
+                return replace(passed, reason=reason)
+            if table.find(key_of(arguments), arguments) is None:
+                changed = self._newly_dynamic(table, arguments) - learned.dynamic
+                if changed:
+                    learned, why_new = learned.with_more(dynamic=changed), why_dynamic(arguments, changed)
+                    continue
+            try:
+                return self._not_passed(passed, impl, table, arguments, why_new)
+            except Unread as more:
+                learned = learned.with_more(reads=more.reads)
 
-    def _not_passed(self, passed: Explanation, impl: Impl, arguments: Arguments) -> Explanation:
+    def _not_passed(
+        self, passed: Explanation, impl: Impl, table: Table, arguments: Arguments, why_new: str | None
+    ) -> Explanation:
         """The explanation of a call that the mode does not let pass."""
         native = replace(passed, action=NATIVE)
-        table = self.cache.existing_table(impl, self.config) or Table()
         key = key_of(arguments)
-        known = table.find(key, arguments.args, arguments.kwargs)
+        known = table.find(key, arguments)
+        shared = None if known is None else known.why_aside(arguments)
+        if shared is not None:
+            return replace(passed, reason=shared)
         if known is None and captures_cuda_graph(arguments):
             return replace(native, reason=IN_CUDA_GRAPH)
         config = replace(self.config, background=False)
-        foreseer = _Foreseer(self.overload, self.parameters, config, self.counters, self.cache.artifacts)
+        foreseer = _Foreseer(self.callee, config, self.counters, self.cache.artifacts)
         failed = _background.failure(table, key)
         made = known or failed or foreseer.make(impl, table, key, arguments, None)
         if isinstance(made, str):
@@ -272,12 +315,12 @@ class _ExplainingRoute(Route):
             specialization=made.code.symbolic_shapes,
             new=new,
             loaded=loaded,
-            difference=table.difference(made) if new else None,
+            difference=(why_new or table.difference(made)) if new else None,
             arguments=argument_components(arguments),
             state=state_components(),
             size_guard=made.guard,
-            guard=made.guarded_call(arguments).__doc__,
-            graph=_graph_in_names(capture(impl.func_impl_fn, arguments)),
+            guard=made.guarded_call(arguments, of_function=self.callee.is_function).__doc__,
+            graph=_graph_in_names(capture(impl.func_impl_fn, self.callee.parameters, arguments)),
             generated_code=made.code.source,
             generated_code_path=made.code.path,
         )
@@ -294,15 +337,15 @@ class _Foreseer(Maker):
     def make_now(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: object) -> Made:
         try:
             with compiling():
-                return foresee(self.overload, impl, arguments)
+                return foresee(self.callee.name, impl, self.callee.parameters, arguments)
         except CannotCompile as error:
             return error
         except NoCompiler as error:
-            return without_compiler(self.overload, error)
+            return without_compiler(self.callee.name, error)
 
 
 def _passed(
-    op: Op, impl: Impl, overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str | None
+    op: Op, impl: Impl, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str | None
 ) -> Explanation:
     """The explanation of a call that passes."""
     inputs = [text_of(summary_of(value)) for value in args]
@@ -314,7 +357,6 @@ def _passed(
     skipped = dict.fromkeys(before, "its supports_args says no")
     if priority:
         skipped.update({name: "not supported on this machine" for name, other in impls.items() if not other.supported})
-    name = f"{overload._schema.name}.{overload._overloadname}"
     return Explanation(name, ", ".join(inputs), impl.provider, priority, skipped, reason=reason)
 
 

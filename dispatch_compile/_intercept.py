@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _hooks
 from ._active import active, bodies_watched
+from ._callee import full_name
 from ._route import Route
-from ._specialization import MISS
+from ._specialize.guards import MISS
 from ._torch_private import OpOverload, hide_from_dynamo, profiler
 from ._trace import OpCall, TraceEvent
+
+if TYPE_CHECKING:
+    from ._native import Native
 
 
 def kernel_of(overload: OpOverload) -> Callable[..., Any]:
@@ -44,11 +48,26 @@ def kernel_of(overload: OpOverload) -> Callable[..., Any]:
 def _intercept(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The whole way of a caught call, of which the kernel takes a short cut."""
     route = _route_of(overload.name())
-    if active.traces:
-        return _run_traced(route, overload, keyset, args, kwargs)
     if route is not None:
-        return route.run(keyset, args, kwargs, None)
-    return _hooks.redispatch(overload, keyset, args, kwargs)
+        return _run(route, keyset, args, kwargs)
+    if not active.traces:
+        return _hooks.redispatch(overload, keyset, args, kwargs)
+    calls = [trace.begin(OpCall, full_name(overload), args, kwargs) for trace in active.traces]
+
+    def run() -> Any:
+        with bodies_watched():
+            return _hooks.redispatch(overload, keyset, args, kwargs)
+
+    return _watched(calls, run)
+
+
+def run_function(native: Native, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The whole way of a call of a function, inside a mode."""
+    for mode in reversed(active.stack):
+        route = mode.route_of(native)
+        if route is not None:
+            return _run(route, None, args, kwargs)
+    return native.callee.run(None, args, kwargs)
 
 
 def _route_of(name: str) -> Route | None:
@@ -59,20 +78,30 @@ def _route_of(name: str) -> Route | None:
     return None
 
 
-def _run_traced(
-    route: Route | None, overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _run(route: Route, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the call in front of the traces of every mode entered on this thread."""
+    if not active.traces:
+        return route.run(keyset, args, kwargs, None)
+    callee = route.callee
+    shown = args[callee.parameters.hidden :]
+    first, *others = events = [trace.begin(TraceEvent, callee.full_name, shown, kwargs) for trace in active.traces]
+
+    def run() -> Any:
+        """What is decided is told to the first event, and by it to the others."""
+        try:
+            return route.run(keyset, args, kwargs, first)
+        finally:
+            for other in others:
+                other.decided_like(first)
+
+    return _watched(events, run)
+
+
+def _watched(calls: Sequence[OpCall], run: Callable[[], Any]) -> Any:
+    """Run the call that began in the traces, and tell them how it ends."""
     traces = active.traces
-    calls: Sequence[OpCall] = []
     try:
-        if route is None:
-            calls = [trace.begin(OpCall, overload, args, kwargs) for trace in traces]
-            with bodies_watched():
-                result = _hooks.redispatch(overload, keyset, args, kwargs)
-        else:
-            calls = events = [trace.begin(TraceEvent, overload, args, kwargs) for trace in traces]
-            result = _run_for_events(route, keyset, args, kwargs, events)
+        result = run()
     except BaseException as error:
         for trace, call in zip(traces, calls, strict=True):
             trace.end_raising(call, error)
@@ -80,15 +109,3 @@ def _run_traced(
     for trace, call in zip(traces, calls, strict=True):
         trace.end(call, result)
     return result
-
-
-def _run_for_events(
-    route: Route, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], events: Sequence[TraceEvent]
-) -> Any:
-    """Run the call; what is decided is told to the first event, and by it to the others."""
-    first, *others = events
-    try:
-        return route.run(keyset, args, kwargs, first)
-    finally:
-        for other in others:
-            other.decided_like(first)

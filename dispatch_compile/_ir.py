@@ -35,9 +35,12 @@ class Impl(Protocol):
 
 
 class Op(Protocol):
-    """An IR op, as the interposer sees it (``vllm.ir``'s ``IrOp`` is one)."""
+    """An IR op, as the interposer sees it (``vllm.ir``'s ``IrOp`` is one); or a native.
 
-    torch_op: OpOverload
+    An op that is called through torch has its ``OpOverload`` as ``torch_op``, and may have one that works in place as
+    ``maybe_inplace.torch_op``; see :func:`._registry.overloads`.
+    """
+
     activations: list[str]
 
     def dispatch(self, *args: Any, **kwargs: Any) -> Impl:
@@ -116,6 +119,7 @@ class IrOp:
         self.allow_inplace = allow_inplace
         self._parameters = inspect.signature(native).parameters
         self._schema = _infer_schema(name, native)
+        self.automatic = activations is None
         self.activations = _activations(name, list(self._parameters), activations)
         self.activation_indices = [i for i, p in enumerate(self._parameters) if p in self.activations]
         self.impls: dict[str, IrOpImpl] = {NATIVE: IrOpImpl(self, NATIVE, native)}

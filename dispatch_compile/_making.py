@@ -17,14 +17,17 @@ from ._active import active
 from ._artifacts import Artifact, Artifacts
 from ._background import ThreadState
 from ._cache import Table
+from ._callee import Callee
 from ._compilation import CannotCompile, CannotCompileNow, Specialization, cannot_compile, specialize
 from ._config import NO_EVICTION, CompileConfig
 from ._counters import OpCounters
 from ._fork import compiler_was_interrupted, compiling, freed_in_children
 from ._ir import Impl
 from ._origin import CannotSave, Origin, origin_of
-from ._specialization import Arguments, Parameters, key_of, of_zeros
-from ._torch_private import NoCompiler, OpOverload
+from ._specialize.arguments import Arguments, of_zeros
+from ._specialize.key import key_of
+from ._stand_ins import Unread
+from ._torch_private import NoCompiler
 from ._trace import TraceEvent
 
 _log = logging.getLogger("dispatch_compile")
@@ -40,10 +43,9 @@ _loading = freed_in_children(threading.RLock())
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes the specializations of one overload under one configuration."""
+    """Makes the specializations of one op or function under one configuration."""
 
-    overload: OpOverload
-    parameters: Parameters
+    callee: Callee
     config: CompileConfig
     counters: OpCounters
     artifacts: Artifacts
@@ -69,7 +71,7 @@ class Maker:
         """The same on this thread, when no other is compiling; perhaps another has made it by then."""
         try:
             with compiling():
-                made = table.find(key, arguments.args, arguments.kwargs) or _failed_lately(table)
+                made = table.find(key, arguments) or _failed_lately(table)
                 if made is not None:
                     return made
                 if self.is_full(table):
@@ -79,7 +81,7 @@ class Maker:
         except CannotCompile as error:
             return error
         except NoCompiler as error:
-            return without_compiler(self.overload, error)
+            return without_compiler(self.callee.name, error)
 
     def is_full(self, table: Table) -> bool:
         """Whether a table has all the specializations that it may have."""
@@ -108,7 +110,7 @@ class Maker:
     ) -> Specialization | None:
         """The same, which is in the table afterwards."""
         with _loading:
-            found = table.find(key, arguments.args, arguments.kwargs)  # another thread may have loaded it
+            found = table.find(key, arguments)  # another thread may have loaded it
             if found is not None:
                 return found
             with active.suspended():
@@ -118,14 +120,14 @@ class Maker:
             self._make_room(table)
             table.add(key, loaded)
         self.counters.loads += 1
-        _log.info("loaded %s (%s) for %s", self.overload, impl.provider, loaded.code.symbolic_shapes)
+        _log.info("loaded %s (%s) for %s", self.callee.name, impl.provider, loaded.code.symbolic_shapes)
         if event is not None:
             event.loaded = True
         return loaded
 
     def _origin(self, impl: Impl) -> Origin | str:
         try:
-            return origin_of(self.overload, impl, self.config)
+            return origin_of(self.callee.name, impl, self.config)
         except CannotSave as reason:
             return str(reason)
 
@@ -136,7 +138,7 @@ class Maker:
         try:
             self.artifacts.keep(Artifact.of(made.origin, key, made.code))
         except CannotSave as reason:
-            _log.info("code of %s is not saved: %s", self.overload, reason)
+            _log.info("code of %s is not saved: %s", self.callee.name, reason)
 
     def _specialize(
         self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None
@@ -145,12 +147,12 @@ class Maker:
         try:
             with active.suspended():
                 origin = self._origin(impl)  # before the implementation runs, which may change what it reads
-                made = specialize(self.overload, impl, arguments, self.config, origin)
+                made = specialize(self.callee.name, impl, self.callee.parameters, arguments, self.config, origin)
         finally:
             nanoseconds = time.perf_counter_ns() - start
             if event is not None:
                 event.compile_start, event.compile_nanoseconds = start, nanoseconds
-        difference = table.difference(made)
+        difference = table.why_new(made)
         table.add(key, made)
         table.postponed = None
         self._keep(key, made)
@@ -159,16 +161,21 @@ class Maker:
             shapes = made.code.symbolic_shapes
             suffix = f": {difference}" if difference else ""
             _log.info(
-                "compiled %s (%s) for %s in %.1f s%s", self.overload, impl.provider, shapes, nanoseconds * 1e-9, suffix
+                "compiled %s (%s) for %s in %.1f s%s",
+                self.callee.name,
+                impl.provider,
+                shapes,
+                nanoseconds * 1e-9,
+                suffix,
             )
             if event is not None:
                 event.difference = difference
         return made
 
 
-def without_compiler(overload: OpOverload, error: NoCompiler) -> CannotCompile:
+def without_compiler(name: str, error: NoCompiler) -> CannotCompile:
     """The error for an op that cannot be compiled in this process, as nothing can."""
-    failure = CannotCompile(f"{overload.name()} cannot be compiled: {error}")
+    failure = CannotCompile(f"{name} cannot be compiled: {error}")
     failure.__cause__ = error
     return failure
 
@@ -196,7 +203,7 @@ class _Job:
     @staticmethod
     def of(maker: Maker, impl: Impl, table: Table, key: Hashable, arguments: Arguments) -> _Job:
         devices = [leaf.value.device for leaf in arguments.tensors]
-        layouts = of_zeros(maker.parameters, arguments, [torch.device("meta")] * len(devices))
+        layouts = of_zeros(arguments, [torch.device("meta")] * len(devices))
         state = ThreadState.now(cuda=any(device.type == "cuda" for device in devices))
         return _Job(maker, weakref.ref(impl), table, key, layouts, devices, state)
 
@@ -207,8 +214,11 @@ class _Job:
             return None
         try:
             made = self.state.run(lambda: self._make(impl))
+        except Unread as more:
+            self.table.learn(reads=more.reads)  # the next call asks again
+            return None
         except BaseException as error:  # whatever it is, it must not end the thread that other work waits for
-            made = cannot_compile(self.maker.overload, impl, self.maker.config, error)
+            made = cannot_compile(self.maker.callee.name, impl, self.maker.config, error)
             made.__cause__ = error
         if isinstance(made, CannotCompile):
             # Its traceback refers to the implementation, which the table must not keep alive.
@@ -217,7 +227,7 @@ class _Job:
         return made if isinstance(made, str) else None
 
     def _make(self, impl: Impl) -> Made:
-        arguments = of_zeros(self.maker.parameters, self.layouts, self.devices)
+        arguments = of_zeros(self.layouts, self.devices)
         if key_of(arguments) != self.key:
             return "not compiled in the background, where torch's settings are others than in the call"
         return self.maker.make_now(impl, self.table, self.key, arguments, None)

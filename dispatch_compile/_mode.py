@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _hooks, _registry
 from ._active import EVERY_OP, SELECTIVE, active
 from ._cache import NativeCache
+from ._callee import Callee, full_name
 from ._config import CompileConfig
 from ._environment import trace_asked_for
-from ._explain import Explanation, explanation_of
+from ._explain import Explanation, explanation_of, explanation_of_function
 from ._fork import freed_in_children
 from ._intercept import kernel_of
 from ._ir import Op
 from ._opaque import opaque_overloads
 from ._route import Route
-from ._specialization import activations_with_tokens, flatten
+from ._specialize.arguments import Parameters, activations_with_tokens, flatten
 from ._torch_private import OpOverload, TorchDispatchMode, hide_from_dynamo
 from ._trace import OpCall, Trace, TraceEvent
+
+if TYPE_CHECKING:
+    from ._native import Native
 
 
 def current_mode() -> DispatchCompileMode | None:
@@ -84,7 +88,8 @@ class DispatchCompileMode(TorchDispatchMode):
         self.cache = cache if cache is not None else NativeCache()
         self.trace = trace if isinstance(trace, Trace) else Trace() if trace else trace_asked_for()
         self.interception = _interception_for(self.trace)
-        self.routes: dict[str, Route] = {}  # for the kernel, by the overload's name
+        # For the kernel, by the overload's name, and for natives by their number; None if it is not selected.
+        self.routes: dict[Hashable, Route | None] = {}
         self._selects = _registry.selection(ops)
         self._polled: list[weakref.ref[Op]] = []
         self._caught: set[OpOverload] = set()
@@ -136,7 +141,7 @@ class DispatchCompileMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.trace is None or _hooks.caught(func):
             return func(*args, **kwargs)
-        call = self.trace.begin(OpCall, func, args, kwargs)
+        call = self.trace.begin(OpCall, full_name(func), args, kwargs)
         try:
             result = func(*args, **kwargs)
         except BaseException as error:
@@ -170,7 +175,7 @@ class DispatchCompileMode(TorchDispatchMode):
         route = self.routes.get(overload.name())
         if route is None:
             raise ValueError(f"warmup: the mode does not catch {overload}; look at its ops= or register the op first")
-        arguments = flatten(route.parameters, args, kwargs)
+        arguments = flatten(route.callee.parameters, args, kwargs)
         calls = [(args, kwargs)] if tokens is None else [activations_with_tokens(arguments, n) for n in tokens]
         config = replace(self.config, background=False)  # the same code, but waited for
         watcher = DispatchCompileMode(ops=[overload], config=config, cache=self.cache, trace=True)
@@ -195,6 +200,9 @@ class DispatchCompileMode(TorchDispatchMode):
             ValueError: no such op, or no IR op.
             TypeError, RuntimeError: arguments that the op does not take.
         """
+        native = getattr(op, "dispatch_compile_native", None)
+        if native is not None:
+            return explanation_of_function(self, native, args, kwargs)
         overload = _registry.overload_of(op, "explain")
         self._sync()
         return explanation_of(self, overload, args, kwargs)
@@ -207,13 +215,13 @@ class DispatchCompileMode(TorchDispatchMode):
         """Catch the ops that are known now, and no longer those that are gone."""
         with self._sync_lock:
             ops = _registry.known_ops()
-            routes = {
-                overload.name(): self._route(op, overload)
-                for op in ops
-                for overload in _registry.overloads(op)
-                if self._selects(op, overload)
+            selected = [
+                (op, overload) for op in ops for overload in _registry.overloads(op) if self._selects(op, overload)
+            ]
+            routes: dict[Hashable, Route | None] = {
+                overload.name(): self._route(op, overload) for op, overload in selected
             }
-            wanted = {route.overload for route in routes.values()}
+            wanted = {overload for _, overload in selected}
             if self.trace is not None:
                 wanted |= opaque_overloads()
             gone, fresh = self._caught - wanted, wanted - self._caught
@@ -224,9 +232,22 @@ class DispatchCompileMode(TorchDispatchMode):
             self._polled = [weakref.ref(op) for op in _registry.polled_ops()]
             self.routes = routes
 
+    def route_of(self, native: Native) -> Route | None:
+        """How the mode reads the calls of a function; None if it does not select it. Made at the first call."""
+        if native.number not in self.routes:
+            with self._sync_lock:
+                selected = self._selects(native, None)
+                self.routes[native.number] = Route(native, native.callee, self.config, self.cache) if selected else None
+        return self.routes[native.number]
+
     def _route(self, op: Op, overload: OpOverload) -> Route:
         known = self.routes.get(overload.name())
-        return known if known is not None and known.op() is op else Route(op, overload, self.config, self.cache)
+        if known is not None and known.op() is op:
+            return known
+        automatic = getattr(op, "automatic", True)
+        return Route(
+            op, Callee.of(overload, Parameters.of(overload, op.activations, automatic)), self.config, self.cache
+        )
 
 
 hide_from_dynamo(DispatchCompileMode.__torch_dispatch__)

@@ -40,14 +40,14 @@ class CannotSave(Exception):
 class Origin:
     """What code was made of, but for the arguments and the machine. Code of equal origins is the same."""
 
-    op: str  # ns::name
+    op: str  # ns::name, or a function's module.qualname
     provider: str
     implementation: str  # digest of everything that it can read
     options: str  # what the user asks of Inductor for this code
     settings: str  # what else the process and its environment ask of Inductor
 
 
-def origin_of(overload: OpOverload, impl: Impl, config: CompileConfig) -> Origin:
+def origin_of(name: str, impl: Impl, config: CompileConfig) -> Origin:
     """Describe what code compiled now would be made of.
 
     Raises:
@@ -59,7 +59,7 @@ def origin_of(overload: OpOverload, impl: Impl, config: CompileConfig) -> Origin
     if function is None or getattr(impl, "inplace", False):
         raise CannotSave("its implementation is not a function of its arguments alone")
     return Origin(
-        op=overload._schema.name,
+        op=name,
         provider=impl.provider,
         implementation=digest(_Description().of(function, "the implementation")),
         options=_Description().of((config.bitwise, dict(sorted(config.options.items()))), "options"),
@@ -262,7 +262,7 @@ def _torch() -> str:
 
 def _sources(folder: Path) -> str:
     """A digest of a package's own modules."""
-    return digest("".join(f"{digest(file.read_text())} {file.name}\n" for file in sorted(folder.glob("*.py"))))[:16]
+    return digest("".join(f"{digest(file.read_text())} {file.name}\n" for file in sorted(folder.rglob("*.py"))))[:16]
 
 
 # Another version of this package may capture, guard or compile otherwise. Read now, while the files are what runs.

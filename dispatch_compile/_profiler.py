@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.profiler import record_function
 
-from ._specialization import GuardedCall
+from ._specialize.guards import GuardedCall
 
 
 def in_profiler_range(call: GuardedCall, name: str) -> GuardedCall:

@@ -83,13 +83,13 @@ def _with_realigned(call: Run, positions: Sequence[int]) -> Run:
     def run(inputs: list[Any]) -> Sequence[torch.Tensor]:
         for i in positions:
             if inputs[i].data_ptr() % ALIGNMENT:
-                inputs[i] = _copy(inputs[i])
+                inputs[i] = copy_of(inputs[i])
         return call(inputs)
 
     return run
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides, also where elements share memory."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
     memory = tensor.as_strided((span if tensor.numel() else 0,), (1,)).clone()

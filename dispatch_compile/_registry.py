@@ -58,11 +58,20 @@ def polled_ops() -> list[Op]:
 
 
 def overloads(op: Op) -> Iterator[OpOverload]:
-    """The torch ops by which ``op`` is called: the functional one and, if it has one, ``maybe_inplace``."""
-    yield op.torch_op
+    """The torch ops by which ``op`` is called: the functional one and, if it has one, ``maybe_inplace``. A function has
+    none."""
+    torch_op = getattr(op, "torch_op", None)
+    if torch_op is None:
+        return
+    yield torch_op
     inplace = getattr(op, "maybe_inplace", None)
     if inplace is not None:
         yield inplace.torch_op
+
+
+def overloads_or_none(op: Op) -> list[OpOverload | None]:
+    """The same, and None for a function."""
+    return list(overloads(op)) or [None]
 
 
 class NativeImpl:
@@ -224,8 +233,11 @@ def _comparable(schema: torch._C.FunctionSchema) -> object:
     return arguments, [plain(r.type) for r in schema.returns]
 
 
-def selection(ops: Iterable[Any] | None) -> Callable[[Op, OpOverload], bool]:
-    """The test whether a mode's ``ops=`` selects an overload of an IR op.
+Selects = Callable[[Any, "OpOverload | None"], bool]
+
+
+def selection(ops: Iterable[Any] | None) -> Selects:
+    """The test whether a mode's ``ops=`` selects an overload of an IR op, or a native, which has no overload.
 
     Raises:
         ValueError: an item that names no IR op known now.
@@ -237,41 +249,47 @@ def selection(ops: Iterable[Any] | None) -> Callable[[Op, OpOverload], bool]:
         ops = (ops,)
     tests = [_item_test(item) for item in ops]
 
-    def selects(op: Op, overload: OpOverload) -> bool:
+    def selects(op: Any, overload: OpOverload | None) -> bool:
         return any(test(op, overload) for test in tests)
 
     return selects
 
 
-def _names(overload: OpOverload) -> tuple[str, str, str]:
-    """The names that select an overload: ``ns``, ``ns::name`` and, as in a trace, ``ns::name.overload``."""
+def _names(op: Any, overload: OpOverload | None) -> tuple[str, ...]:
+    """The names that select an overload: ``ns``, ``ns::name`` and, as in a trace, ``ns::name.overload``; or a native:
+    its module and its name."""
+    if overload is None:
+        return op.module, op.name
     qualified: str = overload._schema.name
     return overload.namespace, qualified, f"{qualified}.{overload._overloadname}"
 
 
-def _item_test(item: Any) -> Callable[[Op, OpOverload], bool]:
-    test: Callable[[Op, OpOverload], bool]
+def _item_test(item: Any) -> Selects:
+    test: Selects
     if isinstance(item, str):
-        test = lambda op, overload: item in _names(overload)  # noqa: E731
+        test = lambda op, overload: item in _names(op, overload)  # noqa: E731
         what = f"namespace or op {item!r}"
     elif isinstance(item, OpOverload):
         test = lambda op, overload: overload is item  # noqa: E731
         what = f"op {item}"
     elif isinstance(item, OpOverloadPacket):
-        test = lambda op, overload: overload.overloadpacket is item  # noqa: E731
+        test = lambda op, overload: overload is not None and overload.overloadpacket is item  # noqa: E731
         what = f"op {item}"
+    elif hasattr(item, "dispatch_compile_native"):
+        test = lambda op, overload: op is item.dispatch_compile_native  # noqa: E731
+        what = f"function {item.dispatch_compile_native.name}"
     elif hasattr(item, "torch_op"):
         wanted = set(overloads(item))
         test = lambda op, overload: overload in wanted  # noqa: E731
         what = f"op {item}"
     else:
         raise TypeError(
-            f"ops: {item!r} is not an IR op; give IrOp objects, OpOverloads, OpOverloadPackets, "
-            f"namespace names or 'ns::name'"
+            f"ops: {item!r} is not an IR op; give IrOp objects, OpOverloads, OpOverloadPackets, functions that are "
+            f"natives, namespace names or 'ns::name'"
         )
     known = known_ops()
-    if not any(test(op, overload) for op in known for overload in overloads(op)):
-        namespaces = sorted({op.torch_op.namespace for op in known})
+    if not any(test(op, overload) for op in known for overload in overloads_or_none(op)):
+        namespaces = sorted({overload.namespace for op in known for overload in overloads(op)})
         raise ValueError(
             f"ops: no IR op is known for {what} (namespaces with IR ops: {namespaces}). Import the library that "
             f"registers it first, or give the op a reference implementation with dispatch_compile.register_native"

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from . import _hooks
 from ._active import bodies_watched
 from ._cache import Guarded, NativeCache, Table
+from ._callee import Callee
 from ._capture import first_line
 from ._compilation import CannotCompile, CannotCompileNow, Specialization
 from ._config import CompileConfig
@@ -24,8 +24,13 @@ from ._ir import Impl, Op
 from ._making import Maker
 from ._postponed import Postponed, free_memory_of
 from ._profiler import in_profiler_range
-from ._specialization import MISS, Arguments, GuardedCall, Parameters, flatten, key_of, why_aside
-from ._torch_private import OpOverload, profiler
+from ._specialize.arguments import Arguments, flatten
+from ._specialize.aside import why_aside, why_function_aside
+from ._specialize.change import newly_dynamic, pattern_of, why_dynamic
+from ._specialize.guards import MISS, GuardedCall
+from ._specialize.key import key_of
+from ._stand_ins import Unread
+from ._torch_private import profiler
 from ._trace import NATIVE, PASSED, TraceEvent
 
 _log = logging.getLogger("dispatch_compile")
@@ -35,30 +40,32 @@ def _no_impl() -> None:
     return None
 
 
+class _Learned(Exception):
+    """The arguments are to be read again."""
+
+
 class Route:
-    """How a mode reads the calls of one overload. It keeps neither the op nor an implementation alive.
+    """How a mode reads the calls of one op or function. It keeps neither the op nor an implementation alive.
 
     Attributes:
         last: the implementation that dispatch chose last, with its table (None: its provider is not to be compiled).
             The kernel takes its short cut by it.
     """
 
-    def __init__(self, op: Op, overload: OpOverload, config: CompileConfig, cache: NativeCache) -> None:
+    def __init__(self, op: Op, callee: Callee, config: CompileConfig, cache: NativeCache) -> None:
         self.op = weakref.ref(op)
-        self.overload = overload
+        self.callee = callee
         self.config = config
         self.cache = cache
-        self.counters = cache.counters_of(overload)
-        self._name = overload.name().replace("::", ".")
-        self.parameters = Parameters.of(overload, op.activations)
-        self._maker = Maker(overload, self.parameters, config, self.counters, cache.artifacts)
+        self.counters = cache.counters_of(callee.full_name)
+        self._maker = Maker(callee, config, self.counters, cache.artifacts)
         self.last: tuple[Callable[[], Any], Table | None] = (_no_impl, None)
 
     def run(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: TraceEvent | None) -> Any:
         """Run a caught call, and say in ``event`` what was done and why."""
         op = self.op()
         if op is None:
-            return _hooks.redispatch(self.overload, keyset, args, kwargs)
+            return self.callee.run(keyset, args, kwargs)
         impl = op.dispatch(*args, **kwargs)
         last, table = self.last
         if last() is not impl:
@@ -74,24 +81,35 @@ class Route:
             try:
                 result = self._guarded_call(entry)(args, kwargs)
             except Exception as error:
-                return self._run_after_error(call, error)
+                return self._run_after_error(call, entry.specialization, error)
             if result is not MISS:
                 return self._finish(call, entry.specialization, result)
         return self._run_unseen(call, op, impl)
 
     def _run_unseen(self, call: _Call, op: Op, impl: Impl) -> Any:
         """A call that no exact guard admits: step aside, or find its specialization by key, or make it."""
-        arguments = flatten(self.parameters, call.args, call.kwargs)
-        reason = why_aside(arguments)
-        if reason is not None:
-            self.counters.stepped_aside(reason)
-            call.note(PASSED, reason)
-            return call.redispatch()
-        key = key_of(arguments)
         table = self.cache.table(op, impl, self.config)  # not the route's: the cache may have been cleared
         self.last = (weakref.ref(impl), table)
-        found = table.find(key, call.args, call.kwargs)
+        while True:
+            learned = table.learned
+            arguments = flatten(self.callee.parameters, call.args, call.kwargs, learned)
+            try:
+                return self._run_with(call, impl, table, arguments)
+            except Unread as more:
+                table.learn(reads=more.reads)
+            except _Learned:
+                pass
+            if table.learned == learned:
+                raise AssertionError(f"{self.callee.name}: nothing was learned of how its arguments are read")
+
+    def _run_with(self, call: _Call, impl: Impl, table: Table, arguments: Arguments) -> Any:
+        reason = (why_function_aside(arguments) if self.callee.is_function else None) or why_aside(arguments)
+        if reason is not None:
+            return self._step_aside(call, reason)
+        key = key_of(arguments)
+        found = table.find(key, arguments)
         if found is None:
+            self._learn_what_changes(table, arguments)
             if captures_cuda_graph(arguments):
                 return self._run_natively(call, IN_CUDA_GRAPH)
             made = self._maker.make(impl, table, key, arguments, call.event)
@@ -103,19 +121,46 @@ class Route:
                     self._warn_of_full(impl, table, arguments)
                 return result
             found = made
-        entry = table.add_guard(key, found, arguments)
+        reason = found.why_aside(arguments)
+        if reason is not None:
+            return self._step_aside(call, reason)
+        entry = table.add_guard(key, found, arguments, self.callee.is_function)
         try:
             result = self._guarded_call(entry)(call.args, call.kwargs)
         except Exception as error:
-            return self._run_after_error(call, error)
+            return self._run_after_error(call, found, error)
         return self._finish(call, found, result)
+
+    def _learn_what_changes(self, table: Table, arguments: Arguments) -> None:
+        """Have what has changed since earlier calls read as dynamic.
+
+        Raises:
+            _Learned: there is such a thing, so the arguments are to be read again.
+        """
+        names = self._newly_dynamic(table, arguments) - table.learned.dynamic
+        if names:
+            table.learn(dynamic=names, why=why_dynamic(arguments, names))
+            raise _Learned
+
+    def _newly_dynamic(self, table: Table, arguments: Arguments) -> frozenset[str]:
+        automatic = self.callee.parameters.automatic
+        return newly_dynamic(arguments, table.patterns(), sizes=automatic, floats=not self.config.bitwise)
+
+    def _step_aside(self, call: _Call, reason: str) -> Any:
+        self.counters.stepped_aside(reason)
+        call.note(PASSED, reason)
+        return call.redispatch()
+
+    @property
+    def _range_name(self) -> str:
+        return self.callee.name.replace("::", ".")
 
     def _guarded_call(self, entry: Guarded) -> GuardedCall:
         """The call of a specialization; while a profiler is on, its code runs in a range of the op's name."""
         code = entry.specialization.code
         if code is None or not profiler._is_profiler_enabled:
             return entry.call
-        return in_profiler_range(entry.call, f"dispatch_compile::{self._name} {code.symbolic_shapes}")
+        return in_profiler_range(entry.call, f"dispatch_compile::{self._range_name} {code.symbolic_shapes}")
 
     def _finish(self, call: _Call, specialization: Specialization, result: Any) -> Any:
         """The end of a call whose specialization is known: ``result`` is what its guarded call gave."""
@@ -135,20 +180,23 @@ class Route:
         self._note_fallback(call, reason)
         if not profiler._is_profiler_enabled:
             return call.redispatch()
-        with record_function(f"dispatch_compile::{self._name} native"):
+        with record_function(f"dispatch_compile::{self._range_name} native"):
             return call.redispatch()
 
     def _note_fallback(self, call: _Call, reason: str) -> None:
         self.counters.fell_back(reason)
         call.note(NATIVE, reason)
 
-    def _run_after_error(self, call: _Call, error: Exception) -> Any:
-        """Compiled code raised: let the op itself say whether that is an error, and which."""
+    def _run_after_error(self, call: _Call, specialization: Specialization, error: Exception) -> Any:
+        """Compiled code raised: let the op itself say whether that is an error, and which; unless the code may have
+        written to its arguments already."""
+        if specialization.code is not None and specialization.code.written:
+            raise error
         free_memory_of(error)
         result = call.redispatch()
         reason = f"its compiled code raised {first_line(error)}"
         self._note_fallback(call, reason)
-        warn(f"{self.overload.name()}: {reason}; the op ran natively, without an error")
+        warn(f"{self.callee.name}: {reason}; the op ran natively, without an error")
         return result
 
     def _run_uncompilable(
@@ -158,12 +206,14 @@ class Route:
         reason = str(failure)
         fatal = self.config.on_failure == "raise"
         # Before the op runs, which may change what its arguments are like.
-        specialization = Specialization(None, components_of(arguments), failure=reason, fatal=fatal)
+        specialization = Specialization(
+            None, components_of(arguments), pattern_of(arguments), failure=reason, fatal=fatal
+        )
         result = call.redispatch()  # an error of the implementation itself comes out here, as in eager
         if isinstance(failure, CannotCompileNow):
             if table.postponed is None or table.postponed.is_over:
                 table.postponed = Postponed.after(reason, table.postponed)
-        elif table.find(key, call.args, call.kwargs) is None:  # another thread may have failed at the same time
+        elif table.find(key, arguments) is None:  # another thread may have failed at the same time
             table.add(key, specialization)
         self._note_fallback(call, reason)
         if fatal:
@@ -175,9 +225,9 @@ class Route:
         _warn_once(
             table,
             "full",
-            f"{table.size} specializations of the {impl.provider!r} implementation of {self.overload.name()} are made, "
+            f"{table.size} specializations of the {impl.provider!r} implementation of {self.callee.name} are made, "
             f"and new ones run natively from now on. The latest call differs from the nearest of them: "
-            f"{table.difference(Specialization(None, components_of(arguments)))}",
+            f"{table.difference(Specialization(None, components_of(arguments), pattern_of(arguments)))}",
         )
 
 
@@ -193,7 +243,7 @@ class _Call:
 
     def redispatch(self) -> Any:
         with nullcontext() if self.event is None else bodies_watched():
-            return _hooks.redispatch(self.route.overload, self.keyset, self.args, self.kwargs)
+            return self.route.callee.run(self.keyset, self.args, self.kwargs)
 
     def note(self, action: str, reason: str) -> None:
         if self.event is not None:

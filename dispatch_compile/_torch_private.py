@@ -33,6 +33,7 @@ from torch._C import (
     _dispatch_tls_is_dispatch_key_excluded,
     _ExcludeDispatchKeyGuard,
     _len_torch_dispatch_stack,
+    _len_torch_function_stack,
 )
 
 # See hide_from_dynamo.
@@ -74,10 +75,12 @@ __all__ = [
     "dispatch_modes_active",
     "dtype_abbreviation",
     "dual_level",
+    "dynamic_int",
     "dynamic_size",
     "forget_failed_compilations",
     "forget_inductors_threads",
     "forget_shape_envs",
+    "function_modes_active",
     "generated_module",
     "global_state",
     "graph_pass",
@@ -85,9 +88,11 @@ __all__ = [
     "has_kernel",
     "has_schema",
     "hide_from_dynamo",
+    "in_functorch_transform",
     "inductor_compile",
     "inductor_overrides",
     "inexact_matmul_precision",
+    "is_dynamo_compiling",
     "is_functorch_wrapped",
     "is_zero_tensor",
     "load_cpp_kernel",
@@ -102,6 +107,7 @@ __all__ = [
     "torchs_modes",
     "trace",
     "triton_launch",
+    "uncompiled",
     "without_modes",
     "without_version_counting",
     "wrap_custom_op_kernels",
@@ -116,6 +122,11 @@ all_op_names: Callable[[], list[str]] = _dispatch_get_all_op_names
 # Non-zero while a TorchDispatchMode would see the ops in a native implementation's body.
 dispatch_modes_active: Callable[[], int] = _len_torch_dispatch_stack
 
+# Non-zero while a TorchFunctionMode would see the torch functions that a function calls.
+function_modes_active: Callable[[], int] = _len_torch_function_stack
+
+# Constant False, for which Dynamo, when it traces a function that asks, puts True.
+is_dynamo_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 
 # The modes that torch would hand an op to now, innermost last.
 torchs_modes: Callable[[], list[TorchDispatchMode]] = _get_current_dispatch_mode_stack
@@ -175,6 +186,11 @@ def hide_from_dynamo(fn: Callable[..., Any]) -> None:
 def dual_level() -> int:
     """The current forward-mode AD level, -1 outside; tensors do not show that they are dual."""
     return int(torch.autograd.forward_ad._current_level)
+
+
+def in_functorch_transform() -> bool:
+    """Whether a functorch transform (vmap, grad, functionalize) is running on this thread."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_functorch_wrapped(tensor: torch.Tensor) -> bool:
@@ -237,6 +253,17 @@ def dynamic_size(shape_env: Any, size: int, tensor_name: str) -> torch.SymInt:
     symbol = shape_env.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC)
     size_symbol: torch.SymInt = shape_env.create_symintnode(symbol, hint=size, source=source)
     return size_symbol
+
+
+def dynamic_int(shape_env: Any, value: int, name: str) -> torch.SymInt:
+    """A fresh symbol for a number that guards will call ``L[name]``."""
+    from torch._dynamo.source import LocalSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source = LocalSource(name)
+    symbol = shape_env.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    number: torch.SymInt = shape_env.create_symintnode(symbol, hint=value, source=source)
+    return number
 
 
 def trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
@@ -433,6 +460,11 @@ def missing_compiler(error: BaseException) -> str | None:
     return None
 
 
+def uncompiled(fn: Any) -> Any:
+    """The function that ``torch.compile`` was given, where ``fn`` is what it made of it; else ``fn`` itself."""
+    return getattr(fn, "_torchdynamo_orig_callable", fn)
+
+
 def lookup_backend(name: str) -> Callable[..., Any]:
     """A torch.compile backend by its registered name; ``torch.compiler`` lists them but does not hand them out."""
     from torch._dynamo import lookup_backend as lookup
@@ -474,7 +506,7 @@ def guard_functions(guard: str | None) -> dict[str, Any]:
     """What :func:`shape_guard_names` gives, but nothing, and without importing SymPy, for a guard that needs none of
     it: most only compare the sizes of arguments."""
     names = {node.id for node in ast.walk(ast.parse(guard or "True", mode="eval")) if isinstance(node, ast.Name)}
-    return {} if all(re.fullmatch(r"[ak]\d+", name) for name in names) else shape_guard_names()
+    return {} if all(re.fullmatch(r"a\d+(_\d+)*", name) for name in names) else shape_guard_names()
 
 
 def generated_module(run: Callable[..., Any]) -> tuple[Mapping[str, Any], tuple[int, ...]] | None:

@@ -19,7 +19,6 @@ from typing import IO, Any, TypeVar
 import torch
 
 from ._summary import Summary, TensorNumbers, summary_of, text_of
-from ._torch_private import OpOverload
 from ._trace_summary import table_of
 
 COMPILED = "compiled"
@@ -206,8 +205,8 @@ class Trace:
         """The calls of IR ops."""
         return [call for call in self.calls if isinstance(call, TraceEvent)]
 
-    def begin(self, kind: type[Call], overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """An op is called; ``kind`` is :class:`TraceEvent` for an IR op."""
+    def begin(self, kind: type[Call], op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """An op or function of this full name is called; ``kind`` is :class:`TraceEvent` for one that is caught."""
         thread = self._of_thread
         if thread.number < 0:
             with self._lock:
@@ -218,7 +217,7 @@ class Trace:
             inputs += [(name, summary_of(value, numbers)) for name, value in kwargs.items()]
         stack = _call_site() if self._stacks else ()
         depth = len(thread.calls)
-        call = kind(_qualified(overload), tuple(inputs), depth, thread.number, time.perf_counter_ns(), stack=stack)
+        call = kind(op, tuple(inputs), depth, thread.number, time.perf_counter_ns(), stack=stack)
         if self.all_ops or kind is TraceEvent:
             if self._stream is not None:
                 self._print_outer(thread)
@@ -348,17 +347,6 @@ class Trace:
 
     def __str__(self) -> str:
         return self.text()
-
-
-_names: dict[str, str] = {}  # by what the overload calls itself: asking its schema takes a microsecond
-
-
-def _qualified(overload: OpOverload) -> str:
-    short = overload.name()
-    name = _names.get(short)
-    if name is None:
-        name = _names[short] = f"{overload._schema.name}.{overload._overloadname}"
-    return name
 
 
 def _leading_to_events(calls: list[OpCall]) -> list[OpCall]:

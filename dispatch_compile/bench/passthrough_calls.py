@@ -14,7 +14,7 @@ from torch.library import Library
 
 from dispatch_compile import DispatchCompileMode
 
-from .._specialization import MISS, GuardedCall
+from .._specialize.guards import MISS, GuardedCall
 from .._torch_private import OpOverload, TorchDispatchMode
 from ..demo import ir_ops, moe
 from .cases import CASES, DTYPES, Case, Inputs, Sizes

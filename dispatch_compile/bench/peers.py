@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from dispatch_compile import CompileConfig, DispatchCompileMode, IrOp
 
 from .._cache import Guarded
-from .._specialization import MISS
+from .._specialize.guards import MISS
 from .._torch_private import OpOverload, TorchDispatchMode
 from .cases import Case, bytes_moved
 from .handwritten import HANDWRITTEN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,13 +23,13 @@ class EarlyMode(DispatchCompileMode):
     """
 
     @property
-    def routes(self) -> dict[str, Route]:
+    def routes(self) -> dict[Hashable, Route | None]:
         if not self._sync_lock.locked() and self._outdated():  # _sync itself reads the routes
             self._sync()
         return self._routes
 
     @routes.setter
-    def routes(self, routes: dict[str, Route]) -> None:
+    def routes(self, routes: dict[Hashable, Route | None]) -> None:
         self._routes = routes
 
 

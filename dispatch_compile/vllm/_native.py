@@ -11,7 +11,7 @@ from torch import nn
 from torch.library import infer_schema
 
 from .._capture import first_line
-from .._specialization import Parameters, flatten
+from .._specialize.arguments import Parameters, flatten
 from .._torch_private import new_fake_mode, without_modes
 from ._configuration import NotAnOp
 from ._results import Results
@@ -54,13 +54,14 @@ class Native:
             NotAnOp: an op cannot return it, or forward_native fails.
         """
         try:
-            arguments = flatten(Parameters(tuple(self.parameters), frozenset()), args, kwargs)
+            names = tuple(self.parameters)
+            arguments = flatten(Parameters(names, len(names), frozenset()), args, kwargs)
             with without_modes(), new_fake_mode(None):
                 fakes = [
                     torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
                     for t in (leaf.value for leaf in arguments.tensors)
                 ]
-                fake_args, fake_kwargs = arguments.with_tensors(fakes)
+                fake_args, fake_kwargs = arguments.rebuilt(arguments.values_with(fakes))
                 return Results.of(self.call(*fake_args, **fake_kwargs), self.named(fake_args, fake_kwargs))
         except NotAnOp:
             raise
