@@ -44,8 +44,9 @@ class CacheStats:
     Attributes:
         compiles: specializations compiled.
         hits: calls that ran compiled code, a specialization's first call included.
-        fallbacks: calls that ran natively because there is no compiled code for them.
-        asides: calls that passed because of their arguments or the thread's state (autograd, subclasses, ...).
+        fallbacks: calls that ran eagerly because there is no compiled code for them.
+        asides: calls that passed because of their arguments (subclasses, ...), the thread's state (autograd, ...) or
+            the provider chosen for them.
         loads: specializations whose code was saved before, and was loaded.
     """
 

@@ -16,8 +16,8 @@ class OpCounters:
     Attributes:
         compiles: specializations compiled.
         hits: calls that ran compiled code, a specialization's first call included.
-        fallbacks: calls that ran natively because there is no compiled code for them.
-        asides: calls that passed because of their arguments or the thread's state.
+        fallbacks: calls that ran eagerly because there is no compiled code for them.
+        asides: calls that passed because of their arguments, the thread's state or the provider chosen for them.
         loads: specializations whose code was saved before, and was loaded.
         reasons: how often which reason kept a call from running compiled.
     """

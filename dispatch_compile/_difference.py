@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate, zip_longest
+from operator import mul
 
 import torch
 
@@ -13,6 +15,7 @@ from ._torch_private import dtype_abbreviation, global_state
 
 Components = Mapping[str, str]  # text by name, so that "name is text" reads well
 NOT_GIVEN = "not given"
+_LAYOUT = ("'s shape", "'s stride")
 
 
 def difference(new: Components, others: Iterable[tuple[Components, str | None]]) -> str | None:
@@ -23,29 +26,51 @@ def difference(new: Components, others: Iterable[tuple[Components, str | None]])
         new: what its key is made of.
         others: what the others' keys are made of, and what must hold of the dynamic sizes there.
     """
-    differences = [_differences(new, old) or [f"the sizes do not satisfy {guard}"] for old, guard in others]
+    differences = [(_differences(new, old), guard) for old, guard in others]
     if not differences:
         return None
-    nearest = min(reversed(differences), key=_distance)
-    return "; ".join(nearest)
+    nearest, guard = min(reversed(differences), key=lambda each: _distance(each[0]))
+    told = [f"{name} is {now}, was {before}" for name, (now, before) in nearest.items()]
+    return "; ".join(told) or f"the sizes do not satisfy {guard}"
 
 
-def _distance(differences: Sequence[str]) -> tuple[int, int]:
-    return len(differences), sum(NOT_GIVEN in text for text in differences)
+# What differs, each with the text now and before.
+Differences = Mapping[str, tuple[str, str]]
 
 
-def _differences(new: Components, old: Components) -> list[str]:
+def _distance(differences: Differences) -> tuple[int, int, int]:
+    """How far one is from the other: first by what there is to tell, last by how many sizes and strides differ."""
+    dimensions = sum(_dimensions_differing(*pair) for name, pair in differences.items() if name.endswith(_LAYOUT))
+    return len(differences), sum(NOT_GIVEN in pair for pair in differences.values()), dimensions
+
+
+def _dimensions_differing(now: str, before: str) -> int:
+    return sum(one != other for one, other in zip_longest(_items(now), _items(before)))
+
+
+def _differences(new: Components, old: Components) -> Differences:
     texts = {name: (new.get(name, NOT_GIVEN), old.get(name, NOT_GIVEN)) for name in {**new, **old}}
-    differing = {name: pair for name, pair in texts.items() if pair[0] != pair[1] and not _follows(name, texts)}
-    return [f"{name} is {now}, was {before}" for name, (now, before) in differing.items()]
+    return {name: pair for name, pair in texts.items() if pair[0] != pair[1] and not _follows(name, texts)}
 
 
-def _follows(name: str, texts: Mapping[str, tuple[str, str]]) -> bool:
-    """Whether a difference follows from another: a tensor that is not given has no shape, a shape brings a stride."""
+def _follows(name: str, texts: Differences) -> bool:
+    """Whether a difference follows from another: a tensor that is not given has no shape, and where both are
+    contiguous, a shape brings a stride."""
     if NOT_GIVEN in texts[name]:
         return "'s " in name
-    shape = texts.get(name.replace("'s stride", "'s shape"), ("", ""))
-    return name.endswith("'s stride") and shape[0] != shape[1]
+    shapes = texts.get(name.replace("'s stride", "'s shape"))
+    return name.endswith("'s stride") and shapes is not None and texts[name] == tuple(map(_contiguous, shapes))
+
+
+def _contiguous(shape: str) -> str:
+    """The strides of a contiguous tensor of a shape; both as text, where only the first size may be dynamic."""
+    sizes = _items(shape)
+    steps = accumulate((max(int(size), 1) for size in sizes[:0:-1]), mul, initial=1)
+    return f"[{', '.join(map(str, [*steps][::-1]))}]" if sizes else "[]"
+
+
+def _items(text: str) -> list[str]:
+    return re.findall(r"[^][, ]+", text)
 
 
 def components_of(arguments: Arguments) -> dict[str, str]:

@@ -23,7 +23,7 @@ from ._capture import Captured, capture
 from ._compilation import CannotCompile, CannotCompileNow, Specialization, foresee
 from ._difference import argument_components, in_names, state_components
 from ._fork import compiling
-from ._ir import Impl, Op
+from ._ir import Impl, Op, eager_provider
 from ._making import IN_BACKGROUND, Made, Maker, without_compiler
 from ._origin import Origin
 from ._route import IN_CUDA_GRAPH, Route, captures_cuda_graph, not_in_providers
@@ -34,7 +34,7 @@ from ._specialize.key import key_of
 from ._stand_ins import Unread
 from ._summary import summary_of, text_of
 from ._torch_private import NoCompiler, OpOverload, decomposes, without_modes, without_version_counting
-from ._trace import COMPILED, NATIVE, PASSED
+from ._trace import COMPILED, EAGER, PASSED
 
 if TYPE_CHECKING:
     from ._mode import DispatchCompileMode
@@ -50,10 +50,11 @@ class Explanation:
     Attributes:
         op: ``"ns::name.overload"``.
         inputs: the arguments as the op would get them, as in a trace: ``t: bf16[8, 2048], 1e-06``.
-        provider: the provider that the op's dispatch chooses.
+        provider: whose implementation would run: what the op's dispatch chooses, or ``"kernel"`` for the own
+            kernel of an op of another library, as in :class:`TraceEvent`.
         priority: the providers that dispatch tries, in this order; empty when no priority is set.
         skipped: why not, by provider, of those before the chosen one and those that this machine does not support.
-        action: ``"compiled"``, ``"native"`` or ``"passed"``, as in :class:`TraceEvent`.
+        action: ``"compiled"``, ``"eager"`` or ``"passed"``, as in :class:`TraceEvent`.
         reason: why it would not run compiled; None if it would.
         raises: whether the call would raise :class:`CompileError` with the reason.
         specialization: sizes of the tensor arguments of the compiled code, ``[s0, 2048], [2048]``.
@@ -119,9 +120,11 @@ class Explanation:
             return f"run compiled; the code is {'saved, and loaded first' if self.loaded else 'there'}"
         if self.raises:
             return f"raise CompileError: {self.reason}"
-        return f"{'run natively' if self.action == NATIVE else 'pass as without the mode'}: {self.reason}"
+        return f"{'run eagerly' if self.action == EAGER else 'pass as without the mode'}: {self.reason}"
 
     def _why_chosen(self) -> str:
+        if self.provider == _registry.KERNEL and not self.priority:
+            return "the op's own"
         if not self.priority:
             return "since no priority is set"
         tried = f"in the priority [{', '.join(self.priority)}]"
@@ -286,7 +289,7 @@ class _ExplainingRoute(Route):
         self, passed: Explanation, impl: Impl, table: Table, arguments: Arguments, why_new: str | None
     ) -> Explanation:
         """The explanation of a call that the mode does not let pass."""
-        native = replace(passed, action=NATIVE)
+        native = replace(passed, action=EAGER)
         key = key_of(arguments)
         known = table.find(key, arguments)
         shared = None if known is None else known.why_aside(arguments)
@@ -312,6 +315,7 @@ class _ExplainingRoute(Route):
         return replace(
             passed,
             action=COMPILED,
+            provider=impl.provider,
             specialization=made.code.symbolic_shapes,
             new=new,
             loaded=loaded,
@@ -357,7 +361,7 @@ def _passed(
     skipped = dict.fromkeys(before, "its supports_args says no")
     if priority:
         skipped.update({name: "not supported on this machine" for name, other in impls.items() if not other.supported})
-    return Explanation(name, ", ".join(inputs), impl.provider, priority, skipped, reason=reason)
+    return Explanation(name, ", ".join(inputs), eager_provider(op, impl), priority, skipped, reason=reason)
 
 
 def _graph_in_names(captured: Captured) -> str:

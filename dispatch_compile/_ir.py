@@ -47,6 +47,11 @@ class Op(Protocol):
         """The implementation that priority and ``supports_args`` choose for these arguments."""
 
 
+def eager_provider(op: Op, impl: Impl) -> str:
+    """The provider of what runs when the implementation chosen for a call is not compiled."""
+    return getattr(op, "eager_provider", impl.provider)
+
+
 class IrOpImpl:
     """An implementation of an :class:`IrOp`, made by :meth:`IrOp.register_impl`."""
 

@@ -18,6 +18,8 @@ from ._torch_private import OpOverload, OpOverloadPacket, has_kernel
 if TYPE_CHECKING:
     from ._ir import Op
 
+KERNEL = "kernel"  # what stands for a provider where an op of another library runs its own kernel
+
 Source = Callable[[], Iterable["Op"]]
 
 _sources: list[Source] = []
@@ -87,8 +89,13 @@ class NativeImpl:
 
 
 class NativeOp:
-    """An op of another library together with its reference implementation."""
+    """An op of another library together with its reference implementation.
 
+    Attributes:
+        eager_provider: what a trace calls the kernel that runs where the reference is not compiled: the op's own.
+    """
+
+    eager_provider = KERNEL
     registry: dict[OpOverload, NativeOp] = {}  # noqa: RUF012 - one registry for the class, as in IrOp
 
     def __init__(self, torch_op: OpOverload, fn: Callable[..., Any], activations: list[str]) -> None:

@@ -20,7 +20,7 @@ from ._compilation import CannotCompile, CannotCompileNow, Specialization
 from ._config import CompileConfig
 from ._difference import components_of
 from ._errors import CompileError, warn
-from ._ir import Impl, Op
+from ._ir import Impl, Op, eager_provider
 from ._making import Maker
 from ._postponed import Postponed, free_memory_of
 from ._profiler import in_profiler_range
@@ -31,7 +31,7 @@ from ._specialize.guards import MISS, GuardedCall
 from ._specialize.key import key_of
 from ._stand_ins import Unread
 from ._torch_private import profiler
-from ._trace import NATIVE, PASSED, TraceEvent
+from ._trace import COMPILED, EAGER, PASSED, TraceEvent
 
 _log = logging.getLogger("dispatch_compile")
 
@@ -71,15 +71,14 @@ class Route:
         if last() is not impl:
             table = self.cache.table(op, impl, self.config) if impl.provider in self.config.providers else None
             self.last = (weakref.ref(impl), table)
-        call = _Call(self, keyset, args, kwargs, event)
+        call = _Call(self, keyset, args, kwargs, event, impl.provider, eager_provider(op, impl))
         if event is not None:
-            event.provider = impl.provider
+            event.provider = call.eager_provider
         if table is None:
-            call.note(PASSED, not_in_providers(impl, self.config))
-            return call.redispatch()
+            return call.pass_on(not_in_providers(impl, self.config))
         for entry in table.guarded:
             try:
-                result = self._guarded_call(entry)(args, kwargs)
+                result = self._guarded_call(entry, impl)(args, kwargs)
             except Exception as error:
                 return self._run_after_error(call, entry.specialization, error)
             if result is not MISS:
@@ -105,28 +104,28 @@ class Route:
     def _run_with(self, call: _Call, impl: Impl, table: Table, arguments: Arguments) -> Any:
         reason = (why_function_aside(arguments) if self.callee.is_function else None) or why_aside(arguments)
         if reason is not None:
-            return self._step_aside(call, reason)
+            return call.pass_on(reason)
         key = key_of(arguments)
         found = table.find(key, arguments)
         if found is None:
             self._learn_what_changes(table, arguments)
             if captures_cuda_graph(arguments):
-                return self._run_natively(call, IN_CUDA_GRAPH)
+                return self._run_eagerly(call, IN_CUDA_GRAPH)
             made = self._maker.make(impl, table, key, arguments, call.event)
             if isinstance(made, CannotCompile):
                 return self._run_uncompilable(call, table, key, arguments, made)
             if isinstance(made, str):
-                result = self._run_natively(call, made)
+                result = self._run_eagerly(call, made)
                 if self._maker.is_full(table):
                     self._warn_of_full(impl, table, arguments)
                 return result
             found = made
         reason = found.why_aside(arguments)
         if reason is not None:
-            return self._step_aside(call, reason)
+            return call.pass_on(reason)
         entry = table.add_guard(key, found, arguments, self.callee.is_function)
         try:
-            result = self._guarded_call(entry)(call.args, call.kwargs)
+            result = self._guarded_call(entry, impl)(call.args, call.kwargs)
         except Exception as error:
             return self._run_after_error(call, found, error)
         return self._finish(call, found, result)
@@ -146,21 +145,17 @@ class Route:
         automatic = self.callee.parameters.automatic
         return newly_dynamic(arguments, table.patterns(), sizes=automatic, floats=not self.config.bitwise)
 
-    def _step_aside(self, call: _Call, reason: str) -> Any:
-        self.counters.stepped_aside(reason)
-        call.note(PASSED, reason)
-        return call.redispatch()
-
     @property
     def _range_name(self) -> str:
         return self.callee.name.replace("::", ".")
 
-    def _guarded_call(self, entry: Guarded) -> GuardedCall:
-        """The call of a specialization; while a profiler is on, its code runs in a range of the op's name."""
+    def _guarded_call(self, entry: Guarded, impl: Impl) -> GuardedCall:
+        """The call of a specialization; while a profiler is on, its code runs in a range that says what runs."""
         code = entry.specialization.code
         if code is None or not profiler._is_profiler_enabled:
             return entry.call
-        return in_profiler_range(entry.call, f"dispatch_compile::{self._range_name} {code.symbolic_shapes}")
+        name = f"dispatch_compile::{self._range_name} {COMPILED} {impl.provider} {code.symbolic_shapes}"
+        return in_profiler_range(entry.call, name)
 
     def _finish(self, call: _Call, specialization: Specialization, result: Any) -> Any:
         """The end of a call whose specialization is known: ``result`` is what its guarded call gave."""
@@ -168,24 +163,24 @@ class Route:
             self.counters.hits += 1
             if call.event is not None:
                 new = call.event.compile_start is not None
-                call.event.compiled(specialization.code.symbolic_shapes, new)
+                call.event.compiled(call.provider, specialization.code.symbolic_shapes, new)
             return result
         reason = specialization.failure or ""
         if specialization.fatal:
             self._note_fallback(call, reason)
             raise CompileError(reason)
-        return self._run_natively(call, reason)
+        return self._run_eagerly(call, reason)
 
-    def _run_natively(self, call: _Call, reason: str) -> Any:
+    def _run_eagerly(self, call: _Call, reason: str) -> Any:
         self._note_fallback(call, reason)
         if not profiler._is_profiler_enabled:
             return call.redispatch()
-        with record_function(f"dispatch_compile::{self._range_name} native"):
+        with record_function(f"dispatch_compile::{self._range_name} {EAGER} {call.eager_provider}"):
             return call.redispatch()
 
     def _note_fallback(self, call: _Call, reason: str) -> None:
         self.counters.fell_back(reason)
-        call.note(NATIVE, reason)
+        call.note(EAGER, reason)
 
     def _run_after_error(self, call: _Call, specialization: Specialization, error: Exception) -> Any:
         """Compiled code raised: let the op itself say whether that is an error, and which; unless the code may have
@@ -196,7 +191,7 @@ class Route:
         result = call.redispatch()
         reason = f"its compiled code raised {first_line(error)}"
         self._note_fallback(call, reason)
-        warn(f"{self.callee.name}: {reason}; the op ran natively, without an error")
+        warn(f"{self.callee.name}: {reason}; the op ran eagerly, without an error")
         return result
 
     def _run_uncompilable(
@@ -218,7 +213,7 @@ class Route:
         self._note_fallback(call, reason)
         if fatal:
             raise CompileError(reason) from failure.__cause__
-        _warn_once(table, reason, f"{reason}; it runs natively")
+        _warn_once(table, reason, f"{reason}; it runs eagerly")
         return result
 
     def _warn_of_full(self, impl: Impl, table: Table, arguments: Arguments) -> None:
@@ -226,7 +221,7 @@ class Route:
             table,
             "full",
             f"{table.size} specializations of the {impl.provider!r} implementation of {self.callee.name} are made, "
-            f"and new ones run natively from now on. The latest call differs from the nearest of them: "
+            f"and new ones run eagerly from now on. The latest call differs from the nearest of them: "
             f"{table.difference(Specialization(None, components_of(arguments), pattern_of(arguments)))}",
         )
 
@@ -240,6 +235,14 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     event: TraceEvent | None
+    provider: str
+    eager_provider: str
+
+    def pass_on(self, reason: str) -> Any:
+        """Run the call as if there were no mode."""
+        self.route.counters.stepped_aside(reason)
+        self.note(PASSED, reason)
+        return self.redispatch()
 
     def redispatch(self) -> Any:
         with nullcontext() if self.event is None else bodies_watched():

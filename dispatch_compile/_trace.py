@@ -22,7 +22,7 @@ from ._summary import Summary, TensorNumbers, summary_of, text_of
 from ._trace_summary import table_of
 
 COMPILED = "compiled"
-NATIVE = "native"
+EAGER = "eager"
 PASSED = "passed"
 
 _OWN_FOLDER = os.path.dirname(__file__)
@@ -77,10 +77,12 @@ class TraceEvent(OpCall):
     """A call of an IR op inside a mode.
 
     Attributes:
-        action: ``"compiled"``: compiled code ran; ``"native"``: there is no compiled code for this call, and the
-            chosen implementation ran natively; ``"passed"``: the call went on as if there were no mode.
+        action: ``"compiled"``: compiled code ran; ``"eager"``: there is no compiled code for this call, and the op ran
+            eagerly; ``"passed"``: the call went on as if there were no mode.
         reason: why it was not compiled; None when it was.
-        provider: the provider that the op's dispatch chose.
+        provider: whose implementation ran: the provider that the op's dispatch chose, or ``"kernel"`` for the own
+            kernel of an op of another library, which runs where the reference given for it is not compiled. None if
+            the op's dispatch raised.
         specialization: the sizes of the compiled code's tensor arguments, ``[s0, 2048], [2048]``; None if not compiled.
         new: whether this call made the specialization.
         loaded: whether this call loaded it, since it had been saved.
@@ -99,15 +101,15 @@ class TraceEvent(OpCall):
     compile_start: int | None = None
     compile_nanoseconds: int = 0
 
-    def compiled(self, specialization: str, new: bool) -> None:
-        self.action, self.specialization, self.new = COMPILED, specialization, new
+    def compiled(self, provider: str, specialization: str, new: bool) -> None:
+        self.action, self.provider, self.specialization, self.new = COMPILED, provider, specialization, new
 
     def not_compiled(self, action: str, reason: str) -> None:
         self.action, self.reason = action, reason
 
     def raised(self, error: BaseException) -> None:
         if self.reason is None:
-            self.not_compiled(NATIVE, f"the call ended in {type(error).__name__}")
+            self.not_compiled(EAGER, f"the call ended in {type(error).__name__}")
 
     def decided_like(self, other: TraceEvent) -> None:
         """Take over what was decided of the same call in another trace, where it may be nested otherwise."""
@@ -115,7 +117,8 @@ class TraceEvent(OpCall):
             setattr(self, name, getattr(other, name))
 
     def __str__(self) -> str:
-        return f"{super().__str__()}  # {self.action}, {self._why()}"
+        ran = self.action if self.provider is None else f"{self.action} {self.provider}"
+        return f"{super().__str__()}  # {ran}, {self._why()}"
 
     def _why(self) -> str:
         if self.action != COMPILED:
@@ -286,8 +289,8 @@ class Trace:
         return "\n".join(lines)
 
     def summary(self, *, markdown: bool = False, seconds: bool = True) -> str:
-        """A table, one row per op: calls, how many were compiled, native and passed, specializations made, and the
-        seconds that compiling took.
+        """A table, one row for each op and provider: calls, how many were compiled, eager and passed, specializations
+        made, and the seconds that compiling took.
 
         Args:
             markdown: as a Markdown table, not as aligned plain text.

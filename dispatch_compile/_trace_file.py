@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from ._summary import Summary, TensorSummary
-from ._trace import COMPILED, NATIVE, PASSED, OpCall, Trace, TraceEvent
+from ._trace import COMPILED, EAGER, PASSED, OpCall, Trace, TraceEvent
 
 SCHEMA = "dispatch_compile.trace"
-VERSION = 2  # goes up with every change of what a line may hold
+VERSION = 3  # goes up with every change of what a line may hold
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ _CALL_FIELDS: dict[str, _Reader] = {
     "stack": _array(_STRING),
 }
 _EVENT_FIELDS: dict[str, _Reader] = {
-    "action": _checked(lambda value: value in (COMPILED, NATIVE, PASSED), f"{COMPILED}, {NATIVE} or {PASSED}"),
+    "action": _checked(lambda value: value in (COMPILED, EAGER, PASSED), f"{COMPILED}, {EAGER} or {PASSED}"),
     "reason": _or_null(_STRING),
     "provider": _or_null(_STRING),
     "specialization": _or_null(_STRING),

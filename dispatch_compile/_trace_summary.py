@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._trace import TraceEvent
 
-_COUNTED = ("calls", "compiled", "native", "passed", "specializations")
+_NAMES = 2  # columns with text
+_COUNTED = ("calls", "compiled", "eager", "passed", "specializations")
 
 
 def table_of(events: Iterable[TraceEvent], *, markdown: bool, seconds: bool) -> str:
-    """One row per op, in the order of their names; see :meth:`Trace.summary`."""
-    counts: dict[str, Counter[str]] = {}
+    """One row for each op and provider, in the order of their names; see :meth:`Trace.summary`."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
     for event in events:
-        count = counts.setdefault(event.op.removesuffix(".default"), Counter())
+        count = counts.setdefault((event.op.removesuffix(".default"), event.provider or "-"), Counter())
         count.update({"calls": 1, event.action: 1, "specializations": int(event.new)})
         count["compile ns"] += event.compile_nanoseconds
-    rows = [["op", *_COUNTED]]
-    rows += [[op, *(str(count[column]) for column in _COUNTED)] for op, count in sorted(counts.items())]
+    rows = [["op", "provider", *_COUNTED]]
+    rows += [[*names, *(str(count[column]) for column in _COUNTED)] for names, count in sorted(counts.items())]
     if seconds:
         rows[0].append("compile seconds")
         for row, (_, count) in zip(rows[1:], sorted(counts.items()), strict=True):
@@ -31,13 +32,15 @@ def table_of(events: Iterable[TraceEvent], *, markdown: bool, seconds: bool) -> 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for name, *numbers in rows:
-        cells = [name.ljust(widths[0]), *(n.rjust(width) for n, width in zip(numbers, widths[1:], strict=True))]
+    for row in rows:
+        names, numbers = row[:_NAMES], row[_NAMES:]
+        cells = [name.ljust(width) for name, width in zip(names, widths[:_NAMES], strict=True)]
+        cells += [number.rjust(width) for number, width in zip(numbers, widths[_NAMES:], strict=True)]
         lines.append("  ".join(cells))
     return "\n".join(lines)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     header, *others = (f"| {' | '.join(row)} |" for row in rows)
-    rule = f"| --- |{' ---: |' * (len(rows[0]) - 1)}"
+    rule = f"|{' --- |' * _NAMES}{' ---: |' * (len(rows[0]) - _NAMES)}"
     return "\n".join([header, rule, *others])

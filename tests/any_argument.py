@@ -266,7 +266,7 @@ class Call:
         forget_tables()
         torch.default_generator.manual_seed(5)
         with warnings.catch_warnings(), ExitStack() as entered:
-            warnings.filterwarnings("ignore", message=".*it runs natively", category=dc.DispatchCompileWarning)
+            warnings.filterwarnings("ignore", message=".*it runs eagerly", category=dc.DispatchCompileWarning)
             for name in sorted(self.states):
                 entered.enter_context(STATES[name]())
             if mode is not None:

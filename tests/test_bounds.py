@@ -30,7 +30,7 @@ def test_beyond_the_limit_calls_run_natively_with_one_warning_that_names_what_ch
             assert_same(counted(x, 3.0), x * 3.0 + 1)
         assert_same(counted(x, 4.0), x * 4.0 + 1)  # a second warning would be an error
         counted(x, 1.0)
-    assert [event.action for event in mode.trace.events] == ["compiled", "compiled", "native", "native", "compiled"]
+    assert [event.action for event in mode.trace.events] == ["compiled", "compiled", "eager", "eager", "compiled"]
     assert "max_specializations" in mode.trace.events[2].reason
     assert mode.cache.stats() == dc.CacheStats(compiles=2, hits=3, fallbacks=2, asides=0)
 

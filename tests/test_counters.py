@@ -27,6 +27,17 @@ def test_what_became_of_calls(counted):
     assert counts_of(counted.op) == {"compiles": 1, "hits": 2, "fallbacks": 0, "asides": 1, "loads": 0}
 
 
+def test_calls_that_pass_for_their_provider(counted):
+    """Also by the short cut, which is taken where there is no trace and the mode knows the calls."""
+    reason, before = "provider 'native' is not in providers ('vendor',)", dc.counters()["reasons"]
+    for trace in (False, True):
+        with dc.DispatchCompileMode(config=dc.CompileConfig(providers=["vendor"]), trace=trace) as mode:
+            for _ in range(3):
+                counted(torch.ones(4, 3))
+        assert mode.cache.stats() == dc.CacheStats(compiles=0, hits=0, fallbacks=0, asides=3)
+    assert dc.counters()["reasons"] - before == {reason: 6}
+
+
 @pytest.mark.filterwarnings("ignore::dispatch_compile.DispatchCompileWarning")
 def test_reasons(define_ir_op):
     def rolled(x: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_an_op_that_is_not_compiled_yet_runs_natively_in_a_capture_and_compiles_
         assert mode.cache.stats() == dc.CacheStats(compiles=0, hits=0, fallbacks=1, asides=0)
         norm(x)
         assert mode.cache.stats() == dc.CacheStats(compiles=1, hits=1, fallbacks=1, asides=0)
-    assert actions(mode) == ["native", "compiled"]
+    assert actions(mode) == ["eager", "compiled"]
     assert mode.trace.events[0].reason == "not compiled yet, and a CUDA graph is being captured"
     replayed(graph, x, result)
 
@@ -155,7 +155,7 @@ def test_a_side_stream_joins_the_capture(warm, mode):
             norm(x)
         mode.trace.clear()
         graph, result = captured(forked, x)
-    assert actions(mode) == ["compiled" if warm else "native"] * 2
+    assert actions(mode) == ["compiled" if warm else "eager"] * 2
     for _ in range(3):
         graph.replay()
     assert_agree(result, expected)

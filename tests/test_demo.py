@@ -41,17 +41,17 @@ def test_trace(checked: run.Checked) -> None:
         str(checked.trace),
         """\
 dispatch_compile_demo::fused_moe(t: bf16[1, 2048], t: f32[2, 2048], t: f32[2, 1536, 2048], t: f32[2, 2048, 768], 2, 'dispatch_compile')  ->  t: bf16[1, 2048]
-  dispatch_compile::silu_and_mul(t: bf16[2, 1536])  ->  t: bf16[2, 768]  # compiled, new: [s0, 1536]
-  dispatch_compile::quant_fp8_per_token(t: bf16[2, 768])  ->  (t: f8e4m3fn[2, 768], t: f32[2, 1])  # compiled, new: [s0, 768]
+  dispatch_compile::silu_and_mul(t: bf16[2, 1536])  ->  t: bf16[2, 768]  # compiled native, new: [s0, 1536]
+  dispatch_compile::quant_fp8_per_token(t: bf16[2, 768])  ->  (t: f8e4m3fn[2, 768], t: f32[2, 1])  # compiled native, new: [s0, 768]
 dispatch_compile_demo::fused_moe(t: bf16[8, 2048], t: f32[2, 2048], t: f32[2, 1536, 2048], t: f32[2, 2048, 768], 2, 'dispatch_compile')  ->  t: bf16[8, 2048]
-  dispatch_compile::silu_and_mul(t: bf16[16, 1536])  ->  t: bf16[16, 768]  # compiled, reused: [s0, 1536]
-  dispatch_compile::quant_fp8_per_token(t: bf16[16, 768])  ->  (t: f8e4m3fn[16, 768], t: f32[16, 1])  # compiled, reused: [s0, 768]
+  dispatch_compile::silu_and_mul(t: bf16[16, 1536])  ->  t: bf16[16, 768]  # compiled native, reused: [s0, 1536]
+  dispatch_compile::quant_fp8_per_token(t: bf16[16, 768])  ->  (t: f8e4m3fn[16, 768], t: f32[16, 1])  # compiled native, reused: [s0, 768]
 dispatch_compile_demo::mla_decode(t: bf16[1, 128, 512], t: bf16[1, 128, 64], t: f32[1], t: bf16[1, 512], t: bf16[1, 64], t: bf16[512], t: f32[1, 64, 576], 'dispatch_compile')  ->  t: bf16[1, 128, 512]
-  dispatch_compile::rms_norm(t: bf16[1, 512], t: bf16[512], 1e-06)  ->  t: bf16[1, 512]  # compiled, new: [1, 512], [512]
-  dispatch_compile::concat_quant_fp8(t: bf16[1, 128, 512], t: bf16[1, 128, 64], t: f32[1])  ->  t: f8e4m3fn[1, 128, 576]  # compiled, new: [1, 128, 512], [1, 128, 64], [1]
+  dispatch_compile::rms_norm(t: bf16[1, 512], t: bf16[512], 1e-06)  ->  t: bf16[1, 512]  # compiled native, new: [1, 512], [512]
+  dispatch_compile::concat_quant_fp8(t: bf16[1, 128, 512], t: bf16[1, 128, 64], t: f32[1])  ->  t: f8e4m3fn[1, 128, 576]  # compiled native, new: [1, 128, 512], [1, 128, 64], [1]
 dispatch_compile_demo::mla_decode(t: bf16[8, 128, 512], t: bf16[8, 128, 64], t: f32[1], t: bf16[8, 512], t: bf16[8, 64], t: bf16[512], t: f32[8, 64, 576], 'dispatch_compile')  ->  t: bf16[8, 128, 512]
-  dispatch_compile::rms_norm(t: bf16[8, 512], t: bf16[512], 1e-06)  ->  t: bf16[8, 512]  # compiled, new: [s0, 512], [512]; x's shape is [s0, 512], was [1, 512]
-  dispatch_compile::concat_quant_fp8(t: bf16[8, 128, 512], t: bf16[8, 128, 64], t: f32[1])  ->  t: f8e4m3fn[8, 128, 576]  # compiled, new: [s0, 128, 512], [s0, 128, 64], [1]; x_latent's shape is [s0, 128, 512], was [1, 128, 512]; x_rope's shape is [s0, 128, 64], was [1, 128, 64]""",  # noqa: E501
+  dispatch_compile::rms_norm(t: bf16[8, 512], t: bf16[512], 1e-06)  ->  t: bf16[8, 512]  # compiled native, new: [s0, 512], [512]; x's shape is [s0, 512], was [1, 512]
+  dispatch_compile::concat_quant_fp8(t: bf16[8, 128, 512], t: bf16[8, 128, 64], t: f32[1])  ->  t: f8e4m3fn[8, 128, 576]  # compiled native, new: [s0, 128, 512], [s0, 128, 64], [1]; x_latent's shape is [s0, 128, 512], was [1, 128, 512]; x_rope's shape is [s0, 128, 64], was [1, 128, 64]""",  # noqa: E501
     )
 
 
@@ -59,11 +59,11 @@ def test_summary(checked: run.Checked) -> None:
     assert_expected_inline(
         checked.trace.summary(seconds=False),
         """\
-op                                     calls  compiled  native  passed  specializations
-dispatch_compile::concat_quant_fp8         2         2       0       0                2
-dispatch_compile::quant_fp8_per_token      2         2       0       0                1
-dispatch_compile::rms_norm                 2         2       0       0                2
-dispatch_compile::silu_and_mul             2         2       0       0                1""",
+op                                     provider  calls  compiled  eager  passed  specializations
+dispatch_compile::concat_quant_fp8     native        2         2      0       0                2
+dispatch_compile::quant_fp8_per_token  native        2         2      0       0                1
+dispatch_compile::rms_norm             native        2         2      0       0                2
+dispatch_compile::silu_and_mul         native        2         2      0       0                1""",
     )
 
 
@@ -178,7 +178,7 @@ def test_vllm_is_asked_for_and_missing(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_ir_ops_of_the_real_vllm(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--vllm", "--tokens", "1,8"]) == 0
     out = capsys.readouterr().out
-    assert "vllm_ir::rms_norm(t: bf16[8, 512], t: bf16[512], 1e-06)  ->  t: bf16[8, 512]  # compiled, new" in out
+    assert "vllm_ir::rms_norm(t: bf16[8, 512], t: bf16[512], 1e-06)  ->  t: bf16[8, 512]  # compiled native, new" in out
     assert "vllm_ir::gelu_and_mul_sparse(t: bf16[16, 1536], " in out
     assert "6 compilations of 4 implementations; 8 calls ran compiled code" in out
 

@@ -69,13 +69,13 @@ def test_every_mode_prints_to_stderr(tmp_path):
         run.stderr,
         """\
 script::outer(t: f32[4, 3])
-  dispatch_compile::scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
+  dispatch_compile::scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]
   script::inner(t: f32[4, 3])
-    dispatch_compile::scale(t: f32[4, 3], 3.0)  ->  t: f32[4, 3]  # compiled, new: [s0, 3]; factor is 3.0, was not given
-  dispatch_compile::scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, reused: [s0, 3]
-dispatch_compile::scale(t: f32[3, 4][1, 3])  ->  t: f32[3, 4][1, 3]  # compiled, new: [s0, 4]
-dispatch_compile::scale(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled, new: [1, 3]; x's shape is [1, 3], was [s0, 4]
-""",
+    dispatch_compile::scale(t: f32[4, 3], 3.0)  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]; factor is 3.0, was not given
+  dispatch_compile::scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, reused: [s0, 3]
+dispatch_compile::scale(t: f32[3, 4][1, 3])  ->  t: f32[3, 4][1, 3]  # compiled native, new: [s0, 4]
+dispatch_compile::scale(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled native, new: [1, 3]; x's shape is [1, 3], was [s0, 4]; x's stride is [3, 1], was [1, s0]
+""",  # noqa: E501
     )
 
 

@@ -193,7 +193,7 @@ def test_random_numbers(mode, define_ir_op):
         str(mode.explain(define_ir_op(explained_dropout, name="explained_dropout"), x_of(4))),
         """\
 dispatch_compile::explained_dropout(t: f32[4, 3])
-would run natively: the implementation draws random numbers (aten.rand_like.default)
+would run eagerly: the implementation draws random numbers (aten.rand_like.default)
 implementation: native, since no priority is set""",
     )
 
@@ -224,7 +224,7 @@ implementation""",
 def test_cannot_be_captured_and_runs_natively(picky):
     explanation = dc.DispatchCompileMode(config=EAGER_OR_NATIVE).explain(picky, x_of(4))
     assert not explanation.raises
-    assert str(explanation).splitlines()[1].startswith("would run natively: the 'native' implementation of ")
+    assert str(explanation).splitlines()[1].startswith("would run eagerly: the 'native' implementation of ")
 
 
 def test_op_that_the_mode_leaves_out(scale):
@@ -394,7 +394,7 @@ def test_more_specializations_than_there_may_be(counted):
         with mode:
             counted(x)
         assert_told(mode, explanation)
-    assert [event.action for event in mode.trace.events] == ["compiled", "native", "compiled"]
+    assert [event.action for event in mode.trace.events] == ["compiled", "eager", "compiled"]
 
 
 def test_drops_nothing_to_make_room(counted):
@@ -418,7 +418,7 @@ def test_what_failed_in_the_background(define_ir_op):
     assert mode.cache.wait(60)
     for _ in range(2):  # explaining does not take the failure from the call that it is for
         foreseen = mode.explain(op, x)
-        assert (foreseen.action, foreseen.raises) == ("native", True)
+        assert (foreseen.action, foreseen.raises) == ("eager", True)
         assert "cannot be captured" in foreseen.reason
     with mode, pytest.raises(dc.CompileError, match="cannot be captured"):
         op(x)
@@ -432,7 +432,7 @@ def test_compiled_in_the_background(counted):
     with mode:
         counted(x_of(4))
     assert_told(mode, explanation)
-    assert explanation.action == "native"
+    assert explanation.action == "eager"
     assert mode.cache.wait(timeout=60)
     explanation = mode.explain(counted.op, x_of(4))
     with mode:
@@ -470,7 +470,7 @@ def test_implementations_that_are_not_compiled(mode, define_ir_op):
             with mode:
                 op(x_of(4))
             assert_told(mode, explanation)
-            assert explanation.action == "native"
+            assert explanation.action == "eager"
 
 
 def test_sizes_that_the_implementation_tells_apart(mode, define_ir_op):
@@ -813,7 +813,7 @@ def test_arguments_are_as_before(mode, define_custom_op):
     define_custom_op(explained_increment, explained_increment, mutates_args=("x",))
     x = x_of(4)
     explanation = mode.explain("dispatch_compile_test::explained_increment", x)
-    assert explanation.action == "native"
+    assert explanation.action == "eager"
     assert x.tolist() == x_of(4).tolist()
     assert x._version == 0
 

@@ -300,7 +300,7 @@ def counts(**nonzero: int) -> dict[str, int]:
 def cannot_compile(cause: str) -> str:
     return (
         "the 'native' implementation of dispatch_compile::scaled cannot be compiled with 'inductor'"
-        f"{cause}; it runs natively"
+        f"{cause}; it runs eagerly"
     )
 
 
@@ -489,5 +489,5 @@ def test_too_little_gpu_memory_to_tune():
 def test_no_triton(tmp_path):
     (warning, second), stats, *held = result_of("fails_without_triton", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert "Cannot find a working triton installation" in warning
-    assert "; install Triton; it runs natively" in warning
+    assert "; install Triton; it runs eagerly" in warning
     assert (second, stats, held) == ("native", counts(fallbacks=2), [1, 1])

@@ -73,7 +73,7 @@ dispatch_compile_test::seen_outer(t: f32[4, 3])  ->  t: f32[4, 3]
   aten::add.Tensor(t: f32[4, 3], 1)  ->  t: f32[4, 3]
   dispatch_compile_test::seen_inner(t: f32[4, 3])  ->  t: f32[4, 3]
     aten::sin(t: f32[4, 3])  ->  t: f32[4, 3]
-    dispatch_compile::seen_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
+    dispatch_compile::seen_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]
     aten::cos(t: f32[4, 3])  ->  t: f32[4, 3]
   aten::relu(t: f32[4, 3])  ->  t: f32[4, 3]
 aten::ones([5, 3], device=device(type='cpu'), pin_memory=False)  ->  t: f32[5, 3]
@@ -81,7 +81,7 @@ dispatch_compile_test::seen_outer(t: f32[5, 3])  ->  t: f32[5, 3]
   aten::add.Tensor(t: f32[5, 3], 1)  ->  t: f32[5, 3]
   dispatch_compile_test::seen_inner(t: f32[5, 3])  ->  t: f32[5, 3]
     aten::sin(t: f32[5, 3])  ->  t: f32[5, 3]
-    dispatch_compile::seen_scale(t: f32[5, 3])  ->  t: f32[5, 3]  # compiled, reused: [s0, 3]
+    dispatch_compile::seen_scale(t: f32[5, 3])  ->  t: f32[5, 3]  # compiled native, reused: [s0, 3]
     aten::cos(t: f32[5, 3])  ->  t: f32[5, 3]
   aten::relu(t: f32[5, 3])  ->  t: f32[5, 3]""",
     )
@@ -111,7 +111,7 @@ def test_the_body_of_what_runs_natively_is_seen(watching, define_ir_op):
         watching.trace.text(),
         """\
 aten::zeros([2], device=device(type='cpu'), pin_memory=False)  ->  t: f32[2]
-dispatch_compile::seen_noise(t: f32[2])  ->  t: f32[2]  # native, the implementation draws random numbers (aten.rand_like.default)
+dispatch_compile::seen_noise(t: f32[2])  ->  t: f32[2]  # eager native, the implementation draws random numbers (aten.rand_like.default)
   aten::rand_like(t: f32[2], pin_memory=False)  ->  t: f32[2]
   aten::add.Tensor(t: f32[2], t: f32[2])  ->  t: f32[2]""",  # noqa: E501 - a line of a trace is as long as it is
     )

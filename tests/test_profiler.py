@@ -30,7 +30,7 @@ def test_one_range_for_each_call_named_after_its_specialization(counted):
 
     with mode:
         first, warm = ranges(run), ranges(run)
-    names = {of(counted.op, "[s0, 3]"): 3, of(counted.op, "[1, 3]"): 2}
+    names = {of(counted.op, "compiled native [s0, 3]"): 3, of(counted.op, "compiled native [1, 3]"): 2}
     assert {name: count for name, count in first.items() if name in names} == names
     assert {name: count for name, count in warm.items() if "[" in name} == names
     assert mode.cache.stats().hits == 10
@@ -46,7 +46,7 @@ def test_the_code_runs_inside_the_range(define_ir_op):
         op(x)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             op(x)
-    [ours] = [event for event in profiled.events() if event.name == of(op, "[s0, 3]")]
+    [ours] = [event for event in profiled.events() if event.name == of(op, "compiled native [s0, 3]")]
     [roll] = [event for event in profiled.events() if event.name == "aten::roll"]
     assert ours.time_range.start <= roll.time_range.start <= roll.time_range.end <= ours.time_range.end
 
@@ -59,19 +59,19 @@ def test_native_calls_have_a_range_too(define_ir_op):
     op, mode = define_ir_op(noise), dc.DispatchCompileMode(config=EAGER_OR_NATIVE)
     with mode:
         op(torch.ones(3))
-        assert ranges(lambda: op(torch.ones(3)))[of(op, "native")] == 1
+        assert ranges(lambda: op(torch.ones(3)))[of(op, "eager native")] == 1
 
 
 def test_passed_calls_have_none(counted):
     with dc.DispatchCompileMode(config=EAGER):
         found = ranges(lambda: counted(torch.ones(3, requires_grad=True)))
-    assert of(counted.op, "native") not in found
+    assert of(counted.op, "eager native") not in found
 
 
 def test_traced_calls_have_ranges(counted):
     with dc.DispatchCompileMode(config=EAGER, trace=True) as mode:
         counted(torch.ones(4, 3))
-        assert ranges(lambda: counted(torch.ones(4, 3)))[of(counted.op, "[s0, 3]")] == 1
+        assert ranges(lambda: counted(torch.ones(4, 3)))[of(counted.op, "compiled native [s0, 3]")] == 1
     assert len(mode.trace) == 2
 
 

@@ -29,7 +29,7 @@ def reasons(mode: dc.DispatchCompileMode) -> set[str]:
     """Why calls ran natively; fails if any ran compiled."""
     assert mode.cache.stats().hits == 0
     assert mode.cache.stats().fallbacks == len(mode.trace.events) > 0
-    assert {event.action for event in mode.trace.events} == {"native"}
+    assert {event.action for event in mode.trace.events} == {"eager"}
     return {event.reason for event in mode.trace.events}
 
 
@@ -304,7 +304,7 @@ def test_not_capturable_and_native(native, forgiving, define_ir_op):
     op = define_ir_op(native)
     inputs = [torch.randn(4, 3), -torch.ones(5, 3), torch.ones(4, 3)]
     expected = [op(x) for x in inputs]
-    with forgiving, pytest.warns(dc.DispatchCompileWarning, match="it runs natively") as caught:
+    with forgiving, pytest.warns(dc.DispatchCompileWarning, match="it runs eagerly") as caught:
         assert_same([op(x) for x in inputs], expected)
     assert len([w for w in caught if w.category is dc.DispatchCompileWarning]) == 1
     (reason,) = reasons(forgiving)

@@ -40,7 +40,7 @@ def mode():
 
 NEW = """\
 dispatch_compile_test::golden_body(t: f32[4, 3])  ->  t: f32[4, 3]
-  dispatch_compile::golden_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]"""
+  dispatch_compile::golden_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]"""
 REUSED = NEW.replace("new", "reused")
 
 
@@ -53,7 +53,9 @@ def test_the_same_text_passes(opaque, mode):
 
 def test_another_text_fails_and_the_message_says_where(opaque, mode):
     with pytest.raises(AssertionError, match=r"(?s)-  dispatch_compile::golden_scale.*# passed.*\+  .*# compiled"):
-        assert_expected_trace(lambda: opaque(torch.ones(4, 3)), NEW.replace("compiled, new", "passed"), mode=mode)
+        assert_expected_trace(
+            lambda: opaque(torch.ones(4, 3)), NEW.replace("compiled native, new", "passed native"), mode=mode
+        )
 
 
 def test_by_default_in_the_callers_mode(opaque, mode):
@@ -162,7 +164,7 @@ from dispatch_compile.testing import assert_expected_trace
 """
 TEXT = """\
 mylib::body(t: f32[4, 6])  ->  t: f32[4, 3]
-  dispatch_compile::silu_and_mul(t: f32[4, 6])  ->  t: f32[4, 3]  # passed, provider 'native' is not in providers ()"""
+  dispatch_compile::silu_and_mul(t: f32[4, 6])  ->  t: f32[4, 3]  # passed native, provider 'native' is not in providers ()"""  # noqa: E501
 
 
 def _pytest(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -52,29 +52,29 @@ def test_nesting_and_reuse(tracing, layer):
         str(tracing.trace),
         """\
 dispatch_compile_test::trace_outer(t: f32[4, 3], [t: f32[3]], 'fast')  ->  (t: f32[4, 3], t: f32[4, 3])
-  dispatch_compile::trace_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
+  dispatch_compile::trace_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]
   dispatch_compile_test::trace_inner(t: f32[4, 3])  ->  t: f32[4, 3]
-    dispatch_compile::trace_scale(t: f32[4, 3], 3.0)  ->  t: f32[4, 3]  # compiled, new: [s0, 3]; factor is 3.0, was not given
-  dispatch_compile::trace_scale(t: f32[4, 3], 1.5, 'fast')  ->  t: f32[4, 3]  # compiled, new: [s0, 3]; factor is 1.5, was 3.0; how is 'fast', was not given
-dispatch_compile::trace_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, reused: [s0, 3]
+    dispatch_compile::trace_scale(t: f32[4, 3], 3.0)  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]; factor is 3.0, was not given
+  dispatch_compile::trace_scale(t: f32[4, 3], 1.5, 'fast')  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]; factor is 1.5, was 3.0; how is 'fast', was not given
+dispatch_compile::trace_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, reused: [s0, 3]
 dispatch_compile_test::trace_outer(t: bf16[5, 3], [t: f32[3]], 'fast')  ->  (t: f32[5, 3], t: f32[5, 3])
-  dispatch_compile::trace_scale(t: bf16[5, 3])  ->  t: bf16[5, 3]  # compiled, new: [s0, 3]; x is bf16, was f32
+  dispatch_compile::trace_scale(t: bf16[5, 3])  ->  t: bf16[5, 3]  # compiled native, new: [s0, 3]; x is bf16, was f32
   dispatch_compile_test::trace_inner(t: bf16[5, 3])  ->  t: bf16[5, 3]
-    dispatch_compile::trace_scale(t: bf16[5, 3], 3.0)  ->  t: bf16[5, 3]  # compiled, new: [s0, 3]; x is bf16, was f32
-  dispatch_compile::trace_scale(t: f32[5, 3], 1.5, 'fast')  ->  t: f32[5, 3]  # compiled, reused: [s0, 3]
-dispatch_compile::trace_scale(t: f32[5, 3])  ->  t: f32[5, 3]  # compiled, reused: [s0, 3]
+    dispatch_compile::trace_scale(t: bf16[5, 3], 3.0)  ->  t: bf16[5, 3]  # compiled native, new: [s0, 3]; x is bf16, was f32
+  dispatch_compile::trace_scale(t: f32[5, 3], 1.5, 'fast')  ->  t: f32[5, 3]  # compiled native, reused: [s0, 3]
+dispatch_compile::trace_scale(t: f32[5, 3])  ->  t: f32[5, 3]  # compiled native, reused: [s0, 3]
 dispatch_compile_test::trace_outer(t: f32[7, 3], [t: f32[3]], 'fast')  ->  (t: f32[7, 3], t: f32[7, 3])
-  dispatch_compile::trace_scale(t: f32[7, 3])  ->  t: f32[7, 3]  # compiled, reused: [s0, 3]
+  dispatch_compile::trace_scale(t: f32[7, 3])  ->  t: f32[7, 3]  # compiled native, reused: [s0, 3]
   dispatch_compile_test::trace_inner(t: f32[7, 3])  ->  t: f32[7, 3]
-    dispatch_compile::trace_scale(t: f32[7, 3], 3.0)  ->  t: f32[7, 3]  # compiled, reused: [s0, 3]
-  dispatch_compile::trace_scale(t: f32[7, 3], 1.5, 'fast')  ->  t: f32[7, 3]  # compiled, reused: [s0, 3]
-dispatch_compile::trace_scale(t: f32[7, 3])  ->  t: f32[7, 3]  # compiled, reused: [s0, 3]
+    dispatch_compile::trace_scale(t: f32[7, 3], 3.0)  ->  t: f32[7, 3]  # compiled native, reused: [s0, 3]
+  dispatch_compile::trace_scale(t: f32[7, 3], 1.5, 'fast')  ->  t: f32[7, 3]  # compiled native, reused: [s0, 3]
+dispatch_compile::trace_scale(t: f32[7, 3])  ->  t: f32[7, 3]  # compiled native, reused: [s0, 3]
 dispatch_compile_test::trace_outer(t: f32[1, 3], [t: f32[3]], 'fast')  ->  (t: f32[1, 3], t: f32[1, 3])
-  dispatch_compile::trace_scale(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled, new: [1, 3]; x's shape is [1, 3], was [s0, 3]
+  dispatch_compile::trace_scale(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled native, new: [1, 3]; x's shape is [1, 3], was [s0, 3]
   dispatch_compile_test::trace_inner(t: f32[1, 3])  ->  t: f32[1, 3]
-    dispatch_compile::trace_scale(t: f32[1, 3], 3.0)  ->  t: f32[1, 3]  # compiled, new: [1, 3]; x's shape is [1, 3], was [s0, 3]
-  dispatch_compile::trace_scale(t: f32[1, 3], 1.5, 'fast')  ->  t: f32[1, 3]  # compiled, new: [1, 3]; x's shape is [1, 3], was [s0, 3]
-dispatch_compile::trace_scale(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled, reused: [1, 3]""",  # noqa: E501
+    dispatch_compile::trace_scale(t: f32[1, 3], 3.0)  ->  t: f32[1, 3]  # compiled native, new: [1, 3]; x's shape is [1, 3], was [s0, 3]
+  dispatch_compile::trace_scale(t: f32[1, 3], 1.5, 'fast')  ->  t: f32[1, 3]  # compiled native, new: [1, 3]; x's shape is [1, 3], was [s0, 3]
+dispatch_compile::trace_scale(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled native, reused: [1, 3]""",  # noqa: E501
     )
 
 
@@ -135,16 +135,83 @@ def test_passed_and_why(define_ir_op):
     assert_expected_inline(
         str(mode.trace),
         """\
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, x requires grad and grad mode is on
-dispatch_compile::trace_mul(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # passed, weight requires grad and grad mode is on
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, x is a Tagged
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, x is sparse_coo
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, x is on the meta device
-dispatch_compile::trace_mul(t: f32[4, 3], t: f32[4, 3])  ->  t: f32[4, 3]  # passed, weight is the same tensor as x
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, autocast is on for cpu
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, forward-mode AD is active
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, provider 'vendor' is not in providers ('native',)""",  # noqa: E501 - a line of a trace is as long as it is
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, x requires grad and grad mode is on
+dispatch_compile::trace_mul(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # passed native, weight requires grad and grad mode is on
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, x is a Tagged
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, x is sparse_coo
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, x is on the meta device
+dispatch_compile::trace_mul(t: f32[4, 3], t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, weight is the same tensor as x
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, autocast is on for cpu
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, forward-mode AD is active
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed vendor, provider 'vendor' is not in providers ('native',)""",  # noqa: E501 - a line of a trace is as long as it is
     )
+
+
+@pytest.mark.selective
+def test_the_provider_that_ran_is_told(define_ir_op):
+    def trace_twice(x: Tensor) -> Tensor:
+        return x * 2
+
+    op = define_ir_op(trace_twice, name="trace_twice")
+    op.register_impl("vendor")(trace_twice)
+    config = dc.CompileConfig(backend="eager", providers=("native", "vendor"))
+    mode, x = dc.DispatchCompileMode(config=config, trace=True), torch.ones(4, 3)
+    with mode:
+        op(x)
+        with op.set_priority(["vendor"]):
+            op(x)
+            op(x.clone().requires_grad_())
+        op(x)
+    assert_expected_inline(
+        str(mode.trace),
+        """\
+dispatch_compile::trace_twice(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]
+dispatch_compile::trace_twice(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled vendor, new: [s0, 3]
+dispatch_compile::trace_twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed vendor, x requires grad and grad mode is on
+dispatch_compile::trace_twice(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, reused: [s0, 3]""",
+    )
+    assert_expected_inline(
+        mode.trace.summary(seconds=False),
+        """\
+op                             provider  calls  compiled  eager  passed  specializations
+dispatch_compile::trace_twice  native        2         2      0       0                1
+dispatch_compile::trace_twice  vendor        2         1      0       1                1""",
+    )
+
+
+@pytest.mark.selective
+@pytest.mark.filterwarnings("ignore::dispatch_compile.DispatchCompileWarning")
+def test_an_op_with_a_reference_runs_its_own_kernel_where_that_is_not_compiled(define_opaque):
+    """`native` would be the reference, which then does not run."""
+
+    def trace_kernel(x: Tensor) -> Tensor:
+        return x.clone()
+
+    def reference(x: Tensor) -> Tensor:
+        assert x.requires_grad or x.sum() > 0, "this one looks at values, and cannot be captured"
+        return x.clone()
+
+    handle = dc.register_native(define_opaque(trace_kernel, name="trace_kernel"), reference)
+    op, x = torch.ops.dispatch_compile_test.trace_kernel, torch.ones(4, 3)
+    mode = dc.DispatchCompileMode(config=EAGER_OR_NATIVE, trace=True)
+    others = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", providers=("vendor",)), trace=mode.trace)
+    try:
+        with mode:
+            op(x)
+            op(x.clone().requires_grad_())
+        with others:
+            op(x)
+        explained = str(mode.explain(op, x)).splitlines()[1:]
+    finally:
+        handle.remove()
+    assert [(event.action, event.provider) for event in mode.trace.events] == [
+        ("eager", "kernel"),
+        ("passed", "kernel"),
+        ("passed", "kernel"),
+    ]
+    assert "  # eager kernel, the 'native' implementation of dispatch_compile_test::trace_kernel " in str(mode.trace)
+    assert explained[0].startswith("would run eagerly: ")
+    assert explained[1] == "implementation: kernel, the op's own"
 
 
 @pytest.mark.filterwarnings("ignore::dispatch_compile.DispatchCompileWarning")
@@ -172,11 +239,11 @@ def test_native_and_why(define_ir_op):
     assert_expected_inline(
         str(mode.trace),
         """\
-dispatch_compile::trace_item(t: f32[4, 3])  ->  t: f32[4, 3]  # native, the 'native' implementation of dispatch_compile::trace_item cannot be captured: it depends on the values in a tensor (aten._local_scalar_dense.default)
-dispatch_compile::trace_noise(t: f32[4, 3])  ->  t: f32[4, 3]  # native, the implementation draws random numbers (aten.rand_like.default)
-dispatch_compile::trace_write(t: f32[4, 3])  ->  t: f32[4, 3]  # native, the implementation changes its argument x
-dispatch_compile::trace_same(t: f32[4, 3])  ->  t: f32[4, 3]  # native, result 0 shares memory with argument x
-dispatch_compile::trace_global(t: f32[4, 3])  ->  t: f32[4, 3]  # native, the 'native' implementation of dispatch_compile::trace_global cannot be captured: AssertionError: Please convert all Tensors to FakeTensors first or instantiate FakeTensorMode with 'allow_non_fake_inputs'. Found in aten.add.Tensor(FakeTensor(..., size=(3,)), tensor(1., size=()))""",  # noqa: E501 - a line of a trace is as long as it is
+dispatch_compile::trace_item(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the 'native' implementation of dispatch_compile::trace_item cannot be captured: it depends on the values in a tensor (aten._local_scalar_dense.default)
+dispatch_compile::trace_noise(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the implementation draws random numbers (aten.rand_like.default)
+dispatch_compile::trace_write(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the implementation changes its argument x
+dispatch_compile::trace_same(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, result 0 shares memory with argument x
+dispatch_compile::trace_global(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the 'native' implementation of dispatch_compile::trace_global cannot be captured: AssertionError: Please convert all Tensors to FakeTensors first or instantiate FakeTensorMode with 'allow_non_fake_inputs'. Found in aten.add.Tensor(FakeTensor(..., size=(3,)), tensor(1., size=()))""",  # noqa: E501 - a line of a trace is as long as it is
     )
 
 
@@ -195,8 +262,8 @@ def test_both_overloads(define_ir_op):
     assert_expected_inline(
         str(mode.trace),
         """\
-dispatch_compile::trace_half(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
-dispatch_compile::trace_half.maybe_inplace(t: f32[6, 3])  ->  t: f32[6, 3]  # compiled, reused: [s0, 3]""",
+dispatch_compile::trace_half(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]
+dispatch_compile::trace_half.maybe_inplace(t: f32[6, 3])  ->  t: f32[6, 3]  # compiled native, reused: [s0, 3]""",
     )
 
 
@@ -216,7 +283,7 @@ def test_arguments_of_every_kind(define_ir_op):
         op([torch.ones(4, 3), torch.ones(4, 5, dtype=torch.int64)], None, [0, 1], True, torch.float64)
     assert_expected_inline(
         str(mode.trace),
-        """dispatch_compile::trace_kinds([t: f32[4, 3], t: i64[4, 5]], None, [0, 1], True, torch.float64)  ->  (t: f64[4, 3], t: i64[4, 5])  # compiled, new: [s0, 3], [s0, 5]""",  # noqa: E501 - a line of a trace is as long as it is
+        """dispatch_compile::trace_kinds([t: f32[4, 3], t: i64[4, 5]], None, [0, 1], True, torch.float64)  ->  (t: f64[4, 3], t: i64[4, 5])  # compiled native, new: [s0, 3], [s0, 5]""",  # noqa: E501 - a line of a trace is as long as it is
     )
 
 
@@ -228,15 +295,15 @@ def test_summary(tracing, layer):
     assert_expected_inline(
         tracing.trace.summary(seconds=False),
         """\
-op                             calls  compiled  native  passed  specializations
-dispatch_compile::rms_norm         1         0       0       1                0
-dispatch_compile::trace_scale     16        16       0       0                6""",
+op                             provider  calls  compiled  eager  passed  specializations
+dispatch_compile::rms_norm     native        1         0      0       1                0
+dispatch_compile::trace_scale  native       16        16      0       0                6""",
     )
 
 
 def test_summary_of_nothing(tracing):
     assert_expected_inline(
-        tracing.trace.summary(seconds=False), """op  calls  compiled  native  passed  specializations"""
+        tracing.trace.summary(seconds=False), """op  provider  calls  compiled  eager  passed  specializations"""
     )
 
 

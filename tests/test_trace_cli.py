@@ -78,12 +78,12 @@ def test_calls_in_the_scripts_own_modes(script, tmp_path):
 Trace of script.py
 script::outer(t: f32[4, 3])  ->  t: f32[4, 3]
   script::inner(t: f32[4, 3])  ->  t: f32[4, 3]
-    dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, provider 'native' is not in providers ()
-  dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed, provider 'native' is not in providers ()
+    dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, provider 'native' is not in providers ()
+  dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, provider 'native' is not in providers ()
 
 Summary
-op                       calls  compiled  native  passed  specializations
-dispatch_compile::twice      2         0       0       2                0
+op                       provider  calls  compiled  eager  passed  specializations
+dispatch_compile::twice  native        2         0      0       2                0
 """,
     )
 
@@ -102,11 +102,11 @@ script::outer(t$0: f32[4, 3])  ->  t$3: f32[4, 3]
   script::inner(t$0: f32[4, 3])  ->  t$1: f32[4, 3]
       at HERE/script.py:26 in <module>
       at HERE/script.py:21 in outer
-    dispatch_compile::twice(t$0: f32[4, 3])  ->  t$1: f32[4, 3]  # compiled, new: [s0, 3]
+    dispatch_compile::twice(t$0: f32[4, 3])  ->  t$1: f32[4, 3]  # compiled native, new: [s0, 3]
         at HERE/script.py:26 in <module>
         at HERE/script.py:21 in outer
         at HERE/script.py:16 in inner
-  dispatch_compile::twice(t$0: f32[4, 3])  ->  t$2: f32[4, 3]  # compiled, reused: [s0, 3]
+  dispatch_compile::twice(t$0: f32[4, 3])  ->  t$2: f32[4, 3]  # compiled native, reused: [s0, 3]
       at HERE/script.py:26 in <module>
       at HERE/script.py:21 in outer
 """,
@@ -146,7 +146,7 @@ print(first(torch.ones(2)))
 """)
     run = _trace("script.py", cwd=tmp_path)
     assert (run.returncode, run.stdout) == (0, "tensor([2., 2.])\n")
-    assert "dispatch_compile::first(t: f32[2])  ->  t: f32[2]  # native, " in run.stderr
+    assert "dispatch_compile::first(t: f32[2])  ->  t: f32[2]  # eager native, " in run.stderr
 
 
 def test_no_ir_op(script, tmp_path):
@@ -179,7 +179,7 @@ def registered_last(x: torch.Tensor) -> torch.Tensor:
 registered_last(torch.ones(4, 3))
 """)
     run = _trace("script.py", cwd=tmp_path)
-    assert "vllm_ir::registered_last(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]" in run.stderr
+    assert "vllm_ir::registered_last(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]" in run.stderr
 
 
 # ---- The script runs as ever

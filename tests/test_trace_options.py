@@ -47,11 +47,11 @@ def test_ids_follow_the_data(opaque, scale):
     assert_expected_inline(
         str(mode.trace),
         """\
-dispatch_compile::opt_scale(t$0: f32[4, 3])  ->  t$1: f32[4, 3]  # compiled, new: [s0, 3]
+dispatch_compile::opt_scale(t$0: f32[4, 3])  ->  t$1: f32[4, 3]  # compiled native, new: [s0, 3]
 dispatch_compile_test::opt_body(t$1: f32[4, 3])  ->  t$5: f32[4, 3]
-  dispatch_compile::opt_scale(t$1: f32[4, 3])  ->  t$2: f32[4, 3]  # compiled, reused: [s0, 3]
-  dispatch_compile::opt_scale(t$1: f32[4, 3], t$3: f32[3])  ->  t$4: f32[4, 3]  # compiled, new: [s0, 3], [3]; weight is f32, was not given
-dispatch_compile::opt_scale(t$0: f32[4, 3], None, 3.0)  ->  t$6: f32[4, 3]  # compiled, new: [s0, 3]; weight is None, was f32; factor is 3.0, was not given""",  # noqa: E501
+  dispatch_compile::opt_scale(t$1: f32[4, 3])  ->  t$2: f32[4, 3]  # compiled native, reused: [s0, 3]
+  dispatch_compile::opt_scale(t$1: f32[4, 3], t$3: f32[3])  ->  t$4: f32[4, 3]  # compiled native, new: [s0, 3], [3]; weight is f32, was not given
+dispatch_compile::opt_scale(t$0: f32[4, 3], None, 3.0)  ->  t$6: f32[4, 3]  # compiled native, new: [s0, 3]; weight is None, was f32; factor is 3.0, was not given""",  # noqa: E501
     )
 
 
@@ -83,10 +83,38 @@ def test_strides_where_not_contiguous(scale):
     assert_expected_inline(
         str(mode.trace),
         """\
-dispatch_compile::opt_scale(t: f32[4, 3][6, 1])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
-dispatch_compile::opt_scale(t: f32[6, 4][1, 6])  ->  t: f32[6, 4][1, 6]  # compiled, new: [s0, 4]; x's shape is [s0, 4], was [s0, 3]
-dispatch_compile::opt_scale(t: f32[1, 6])  ->  t: f32[1, 6]  # compiled, new: [1, 6]; x's shape is [1, 6], was [s0, 4]
-dispatch_compile::opt_scale(t: f32[4, 3][6, 0])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]; x's shape is [s0, 3], was [1, 6]""",  # noqa: E501
+dispatch_compile::opt_scale(t: f32[4, 3][6, 1])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]
+dispatch_compile::opt_scale(t: f32[6, 4][1, 6])  ->  t: f32[6, 4][1, 6]  # compiled native, new: [s0, 4]; x's shape is [s0, 4], was [s0, 3]; x's stride is [1, s0], was [6, 1]
+dispatch_compile::opt_scale(t: f32[1, 6])  ->  t: f32[1, 6]  # compiled native, new: [1, 6]; x's shape is [1, 6], was [s0, 3]
+dispatch_compile::opt_scale(t: f32[4, 3][6, 0])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]; x's stride is [6, 0], was [6, 1]""",  # noqa: E501
+    )
+
+
+def test_a_stride_is_compared_with_the_nearest_shape(scale):
+    """The latest specialization has another shape; the one before differs in the stride alone."""
+    mode, x = tracing(), torch.ones(8, 256)
+    with mode:
+        scale(x.as_strided((4, 16), (64, 1)))
+        scale(torch.ones(3, 8))
+        scale(x.as_strided((4, 16), (128, 1)))
+        scale(x.as_strided((4, 8), (64, 1)))
+        scale(x.as_strided((4, 2, 4), (64, 4, 1)))
+        scale(x.as_strided((4, 2, 4), (64, 1, 2)))
+        scale(torch.ones(1, 16))
+        scale(torch.ones(()))
+        scale(torch.ones(5))
+    assert_expected_inline(
+        "\n".join(str(event.difference) for event in mode.trace.events),
+        """\
+None
+x's shape is [s0, 8], was [s0, 16]; x's stride is [8, 1], was [64, 1]
+x's stride is [128, 1], was [64, 1]
+x's stride is [64, 1], was [8, 1]
+x's shape is [s0, 2, 4], was [s0, 8]; x's stride is [64, 4, 1], was [64, 1]
+x's stride is [64, 1, 2], was [64, 4, 1]
+x's shape is [1, 16], was [s0, 8]
+x's shape is [], was [1, 16]
+x's shape is [s0], was []""",
     )
 
 
@@ -156,7 +184,7 @@ new: [s0, 6], [6]; weight is f32, was bf16
 new: [s0, 6], [6]; factor is 3.0, was not given
 new: [s0, 6], [6]; factor is -0.0, was 3.0
 new: [1, 6], [6]; x's shape is [1, 6], was [s0, 6]
-new: [s0, 6], [6]; x's shape is [s0, 6], was [1, 6]
+new: [s0, 6], [6]; x's stride is [1, s0], was [6, 1]
 new: [s0, 2]; x's shape is [s0, 2], was [s0, 6]
 new: [s0, 6]; inference mode is on, was off; grad mode is off, was on
 new: [s0, 6]; x's is_inference() is True, was False
@@ -226,8 +254,8 @@ def test_only_the_last_calls_are_kept(opaque, scale):
         """\
 (6 earlier calls dropped)
 dispatch_compile_test::opt_body(t: f32[4, 3])  ->  t: f32[4, 3]
-  dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, reused: [s0, 3]
-  dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled, reused: [s0, 3], [3]""",
+  dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, reused: [s0, 3]
+  dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled native, reused: [s0, 3], [3]""",
     )
 
 
@@ -272,10 +300,10 @@ def test_lines_are_printed_as_calls_end(opaque, scale):
     assert_expected_inline(
         stream.getvalue(),
         """\
-dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
+dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]
 dispatch_compile_test::opt_body(t: f32[4, 3])
-  dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, reused: [s0, 3]
-  dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3], [3]; weight is f32, was not given
+  dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, reused: [s0, 3]
+  dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3], [3]; weight is f32, was not given
 """,  # noqa: E501
     )
 
@@ -290,9 +318,9 @@ def test_every_op_as_it_goes(opaque):
         """\
 aten::ones([4, 3], device=device(type='cpu'), pin_memory=False)  ->  t: f32[4, 3]
 dispatch_compile_test::opt_body(t: f32[4, 3])
-  dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
+  dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]
   aten::new_ones(t: f32[4, 3], [3], pin_memory=False)  ->  t: f32[3]
-  dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3], [3]; weight is f32, was not given
+  dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3], [3]; weight is f32, was not given
   aten::add.Tensor(t: f32[4, 3], t: f32[4, 3])  ->  t: f32[4, 3]
 """,  # noqa: E501
     )
@@ -310,10 +338,10 @@ def test_threads_are_told_apart(opaque, scale):
     assert_expected_inline(
         str(trace),
         """\
-[0] dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3]
+[0] dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]
 [1] dispatch_compile_test::opt_body(t: f32[4, 3])  ->  t: f32[4, 3]
-[1]   dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled, reused: [s0, 3]
-[1]   dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled, new: [s0, 3], [3]; weight is f32, was not given""",  # noqa: E501
+[1]   dispatch_compile::opt_scale(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, reused: [s0, 3]
+[1]   dispatch_compile::opt_scale(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3], [3]; weight is f32, was not given""",  # noqa: E501
     )
 
 
@@ -343,10 +371,10 @@ def test_summary_as_markdown(opaque):
     assert_expected_inline(
         mode.trace.summary(markdown=True, seconds=False),
         """\
-| op | calls | compiled | native | passed | specializations |
-| --- | ---: | ---: | ---: | ---: | ---: |
-| dispatch_compile::opt_scale | 2 | 2 | 0 | 0 | 2 |
-| dispatch_compile::rms_norm | 1 | 0 | 0 | 1 | 0 |""",
+| op | provider | calls | compiled | eager | passed | specializations |
+| --- | --- | ---: | ---: | ---: | ---: | ---: |
+| dispatch_compile::opt_scale | native | 2 | 2 | 0 | 0 | 2 |
+| dispatch_compile::rms_norm | native | 1 | 0 | 0 | 1 | 0 |""",
     )
 
 

@@ -36,6 +36,6 @@ def test_the_command_prints_what_stands_below_it():
     trace = run.stderr.partition("Trace of examples/vllm_layers.py\n")[2].partition("\n\nSummary")[0]
     assert trace.startswith(shown)
     assert [line.split("  # ")[1].split(":")[0] for line in trace.splitlines() if "  # " in line] == [
-        *["compiled, new"] * 3,
-        *["compiled, reused"] * 3,  # with another token count
+        *["compiled native, new"] * 3,
+        *["compiled native, reused"] * 3,  # with another token count
     ]

@@ -16,7 +16,7 @@ INTERRUPTED = 130  # as shells report a process that SIGINT ended
 
 DESCRIPTION = """\
 Run a Python script inside a mode, and show what was done with each call of an IR op on its main thread.
-IR ops run compiled, or natively if they cannot be compiled. Modes that the script enters itself work as
+IR ops run compiled, or eagerly if they cannot be compiled. Modes that the script enters itself work as
 ever, and calls inside them are shown as well. torch is imported before the script starts: what torch reads
 from the environment at its import must be set outside.
 

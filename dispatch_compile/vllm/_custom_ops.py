@@ -27,6 +27,7 @@ from torch import nn
 from .._active import active
 from .._ir import NATIVE
 from .._mode import current_mode
+from .._route import not_in_providers
 from . import _default_mode
 from ._configuration import NotAnOp
 from ._forward_op import ForwardOp, forward_op
@@ -110,10 +111,14 @@ def _is_plain(argument: Any) -> bool:
 
 
 def _is_compiled(op: ForwardOp) -> bool:
-    """Whether the mode that catches the op, if any does, compiles native implementations."""
+    """Whether the mode that catches the op, if any does, compiles native implementations; if not, that is counted."""
     for mode in reversed(active.stack):
-        if op.name in mode.routes:
-            return NATIVE in mode.config.providers
+        route = mode.routes.get(op.name)
+        if route is not None:
+            if NATIVE in mode.config.providers:
+                return True
+            route.counters.stepped_aside(not_in_providers(op.dispatch(), mode.config))
+            return False
     return False
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.library import Library
 
 from .. import _registry
-from .._ir import _weakly
+from .._ir import NATIVE, _weakly
 from .._registry import NativeOp
 from .._torch_private import OpOverload
 from ._configuration import configuration_of, identity_of
@@ -35,6 +35,8 @@ class ForwardOp(NativeOp):
     Attributes:
         name: as modes know it, ``ns::name``.
     """
+
+    eager_provider = NATIVE  # its kernel is forward_native
 
     def __init__(self, name: str, native: Native, results: Results, activations: list[str]) -> None:
         self.name = f"{NAMESPACE}::{name}"
