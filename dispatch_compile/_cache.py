@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from ._difference import difference
 from ._fork import freed_in_children
 from ._origin import CannotSave
 from ._postponed import Postponed
-from ._specialize.arguments import NOTHING_LEARNED, Arguments, Step
+from ._specialize.arguments import NOTHING_LEARNED, Arguments, Learned
 from ._specialize.change import Pattern
 from ._specialize.guards import GuardedCall
 
@@ -102,13 +102,11 @@ class Table:
         """What there are specializations for."""
         return [one.pattern for _, one in self.specializations() if one.code is not None]
 
-    def learn(
-        self, *, dynamic: Iterable[str] = (), why: str | None = None, reads: Iterable[tuple[str, Step]] = ()
-    ) -> None:
-        """Read the arguments of the next calls otherwise: with more that is dynamic, and why, or more that is read."""
+    def learn(self, more: Learned, why: str | None = None) -> None:
+        """Read the arguments of the next calls otherwise; ``why``, for people, if something has become dynamic."""
         with _lock:
-            self.learned = self.learned.with_more(dynamic, reads)
-            self._why_dynamic = why or self._why_dynamic
+            self.learned |= more
+            self._why_dynamic = None if more.fixed else why or self._why_dynamic
 
     def find(self, key: Hashable, arguments: Arguments) -> Specialization | None:
         """The specialization for a key whose guards on the dynamic sizes hold for these arguments."""

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from ._numbers import WITH_SYMBOLS, NumbersAsTensors
 from ._results import Result, result_of
-from ._specialize.arguments import Arguments, Leaf, Parameters, layout_with, sizes, strides
+from ._specialize.arguments import Arguments, Leaf, Learned, Parameters, layout_with, sizes, strides
 from ._specialize.aside import why_special
 from ._specialize.memory import overlaps_itself
-from ._stand_ins import StandIns, StepAside, Unread, contents
+from ._stand_ins import Relearn, StandIns, StepAside, contents
 from ._torch_private import (
     OpOverload,
-    dynamic_int,
+    dynamic_number,
     dynamic_size,
     new_fake_mode,
     new_shape_env,
@@ -63,7 +64,8 @@ class Captured:
 
     graph: GraphModule
     token_counts: dict[str, torch.SymInt]  # by the source that reads it: a0.size(0)
-    numbers: list[Any]  # of the dynamic numbers: a symbol for an integer, a tensor of one element for a float
+    symbols: list[Any]  # for the dynamic numbers
+    numbers: list[Any]  # what the graph takes for them: the symbol of an integer, a tensor of one element for a float
     fakes: list[torch.Tensor]
     shape_env: Any
     result: Result
@@ -92,7 +94,7 @@ class Captured:
 
     def guards(self) -> str | None:
         """What must hold of the dynamic sizes, as an expression in terms of the leaves' sources; None if nothing."""
-        text = self.shape_env.produce_guards_expression([*self.numbers, *self.fakes]) or ""
+        text = self.shape_env.produce_guards_expression([*self.symbols, *self.fakes]) or ""
         sources = [leaf.source for leaf in (*self.arguments.dynamic_numbers, *self.arguments.tensors)]
         text = re.sub(r"L\['t(\d+)'\]", lambda match: sources[int(match[1])], text)
         text = re.sub(r"\.(size|stride)\(\)\[(\d+)\]", r".\1(\2)", text)
@@ -139,18 +141,18 @@ def capture(
     Raises:
         StepAside: the result or a side effect could not be kept (random numbers, a result that is a view).
         CannotCapture: the implementation cannot be traced.
-        Unread: it reads of its objects what is not among the leaves.
+        Relearn: it reads of its objects what is not among the leaves.
     """
     shape_env = new_shape_env()
     fake_mode = new_fake_mode(shape_env)
-    token_counts, numbers, fakes = _fake_inputs(arguments, shape_env, fake_mode, tokens or {})
+    token_counts, symbols, fakes = _fake_inputs(arguments, shape_env, fake_mode, tokens or {})
     stand_ins = StandIns(parameters, lambda tensor: _fake_like(tensor, fake_mode))
     found: list[Result] = []
 
     def flat(*inputs: Any) -> list[torch.Tensor]:
         given = inputs[len(token_counts) :]
-        tensors = given[len(numbers) :]
-        args, kwargs = arguments.rebuilt(arguments.values_with(tensors, given[: len(numbers)]), stand_ins.make)
+        tensors = given[len(symbols) :]
+        args, kwargs = arguments.rebuilt(arguments.values_with(tensors, given[: len(symbols)]), stand_ins.make)
         shown = [args, kwargs, stand_ins.shown]
         before = contents(shown)
         returned = fn(*args, **kwargs)
@@ -163,20 +165,23 @@ def capture(
         return found[-1].outputs
 
     try:
-        graph = trace(flat, [*token_counts.values(), *numbers, *fakes])
+        graph = trace(flat, [*token_counts.values(), *symbols, *fakes], WITH_SYMBOLS)
+        numbers = [_number_tensor(fake_mode) if isinstance(one, torch.SymFloat) else one for one in symbols]
+        if any(isinstance(one, torch.SymFloat) for one in symbols):
+            graph = trace(NumbersAsTensors(graph).run, [*token_counts.values(), *numbers, *fakes])
     except StepAside:
         if stand_ins.unread:
-            raise Unread(frozenset(stand_ins.unread)) from None
+            raise Relearn(Learned(reads=frozenset(stand_ins.unread))) from None
         raise
     except Exception as error:
         if stand_ins.unread:
-            raise Unread(frozenset(stand_ins.unread)) from None
+            raise Relearn(Learned(reads=frozenset(stand_ins.unread))) from None
         raise CannotCapture(first_line(error)) from error
     if stand_ins.unread:
-        raise Unread(frozenset(stand_ins.unread))
+        raise Relearn(Learned(reads=frozenset(stand_ins.unread)))
     _unregister_constants(graph)
     written = _check_graph(graph, parameters, arguments)
-    return Captured(graph, token_counts, numbers, fakes, shape_env, found[-1], written, arguments)
+    return Captured(graph, token_counts, symbols, numbers, fakes, shape_env, found[-1], written, arguments)
 
 
 def result_layouts(fn: Callable[..., Any], parameters: Parameters, arguments: Arguments) -> list[Layout]:
@@ -196,17 +201,16 @@ def _fake_like(tensor: torch.Tensor, fake_mode: Any) -> torch.Tensor:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
+def _number_tensor(fake_mode: Any) -> torch.Tensor:
+    with fake_mode:
+        return torch.empty((), dtype=torch.float64)
+
+
 def _fake_inputs(
     arguments: Arguments, shape_env: Any, fake_mode: Any, tokens: Mapping[int, int]
 ) -> tuple[dict[str, torch.SymInt], list[Any], list[torch.Tensor]]:
     """A fake for every tensor leaf, each with storage of its own: a tensor given twice is two inputs."""
-    numbers: list[Any] = []
-    for i, leaf in enumerate(arguments.dynamic_numbers):
-        if isinstance(leaf.value, int):
-            numbers.append(dynamic_int(shape_env, leaf.value, f"t{i}"))
-        else:
-            with fake_mode:
-                numbers.append(torch.empty((), dtype=torch.float64))
+    numbers = [dynamic_number(shape_env, leaf.value, f"t{i}") for i, leaf in enumerate(arguments.dynamic_numbers)]
     symbols: dict[int, torch.SymInt] = {}  # tensors with as many tokens share the symbol, as guards then say
     token_counts: dict[str, torch.SymInt] = {}
     fakes = []

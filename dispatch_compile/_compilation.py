@@ -21,11 +21,11 @@ from ._ir import Impl
 from ._origin import Origin
 from ._postponed import free_memory_of, may_pass
 from ._programs import Program, Run, copy_of
-from ._specialize.arguments import Arguments, Parameters, with_tokens
+from ._specialize.arguments import Arguments, Learned, Parameters, with_tokens
 from ._specialize.change import Pattern, pattern_of
 from ._specialize.guards import GuardedCall, evaluated, guarded, holds
 from ._specialize.memory import apart, sharing
-from ._stand_ins import StepAside
+from ._stand_ins import Relearn, StepAside
 from ._torch_private import (
     InductorCode,
     causes,
@@ -142,7 +142,7 @@ def specialize(
     Raises:
         CannotCompile: it cannot be captured, or the backend failed.
         CannotCompileNow: the same, for lack of memory, disk space or the like.
-        Unread: it reads of its objects what is not among the leaves.
+        Relearn: the arguments are to be read otherwise.
     """
     try:
         code = _code_for(impl.func_impl_fn, parameters, arguments, config)
@@ -150,12 +150,25 @@ def specialize(
     except StepAside as reason:
         return Specialization(None, components_of(arguments), pattern_of(arguments), failure=str(reason))
     except CannotCapture as error:
+        _fix_numbers(arguments)
         raise _not_captured(name, impl, error) from error.__cause__
     except Exception as error:
+        if not may_pass(error):
+            _fix_numbers(arguments)
         raise cannot_compile(name, impl, config, error) from error
     finally:
         forget_shape_envs()
     return Specialization.of(code, arguments, origin)
+
+
+def _fix_numbers(arguments: Arguments) -> None:
+    """After a failure: have the numbers that change be constants of the code, if there are any.
+
+    Raises:
+        Relearn: there are.
+    """
+    if arguments.dynamic_numbers:
+        raise Relearn(Learned(fixed=frozenset(leaf.name for leaf in arguments.dynamic_numbers)))
 
 
 def cannot_compile(name: str, impl: Impl, config: CompileConfig, error: BaseException) -> CannotCompile:

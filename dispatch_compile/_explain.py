@@ -29,9 +29,8 @@ from ._origin import Origin
 from ._route import IN_CUDA_GRAPH, Route, captures_cuda_graph, not_in_providers
 from ._specialize.arguments import Arguments, flatten
 from ._specialize.aside import why_aside, why_function_aside, why_own_kind
-from ._specialize.change import why_dynamic
 from ._specialize.key import key_of
-from ._stand_ins import Unread
+from ._stand_ins import Relearn
 from ._summary import summary_of, text_of
 from ._torch_private import NoCompiler, OpOverload, decomposes, without_modes, without_version_counting
 from ._trace import COMPILED, EAGER, PASSED
@@ -275,15 +274,12 @@ class _ExplainingRoute(Route):
             reason = (why_function_aside(arguments) if callee.is_function else None) or why_aside(arguments)
             if reason is not None:
                 return replace(passed, reason=reason)
-            if table.find(key_of(arguments), arguments) is None:
-                changed = self._newly_dynamic(table, arguments) - learned.dynamic
-                if changed:
-                    learned, why_new = learned.with_more(dynamic=changed), why_dynamic(arguments, changed)
-                    continue
             try:
+                if table.find(key_of(arguments), arguments) is None:
+                    self._learn_what_changes(table, arguments, learned)
                 return self._not_passed(passed, impl, table, arguments, why_new)
-            except Unread as more:
-                learned = learned.with_more(reads=more.reads)
+            except Relearn as again:
+                learned, why_new = learned | again.more, again.why or why_new
 
     def _not_passed(
         self, passed: Explanation, impl: Impl, table: Table, arguments: Arguments, why_new: str | None

@@ -26,7 +26,7 @@ from ._ir import Impl
 from ._origin import CannotSave, Origin, origin_of
 from ._specialize.arguments import Arguments, of_zeros
 from ._specialize.key import key_of
-from ._stand_ins import Unread
+from ._stand_ins import Relearn
 from ._torch_private import NoCompiler
 from ._trace import TraceEvent
 
@@ -214,8 +214,8 @@ class _Job:
             return None
         try:
             made = self.state.run(lambda: self._make(impl))
-        except Unread as more:
-            self.table.learn(reads=more.reads)  # the next call asks again
+        except Relearn as again:
+            self.table.learn(again.more)  # the next call asks again
             return None
         except BaseException as error:  # whatever it is, it must not end the thread that other work waits for
             made = cannot_compile(self.maker.callee.name, impl, self.maker.config, error)

@@ -21,6 +21,7 @@ from ._callee import Callee
 from ._fork import freed_in_children
 from ._intercept import run_function
 from ._ir import NATIVE, IrOp
+from ._origin import NATIVES_OF
 from ._specialize.arguments import Parameters
 from ._specialize.guards import MISS
 from ._torch_private import CustomOpDef, OpOverload, OpOverloadPacket, is_dynamo_compiling, profiler, uncompiled
@@ -224,7 +225,6 @@ class Native:
 
 
 _lock = freed_in_children(threading.RLock())
-_natives: weakref.WeakKeyDictionary[FunctionType, dict[Any, weakref.ref[Any]]] = weakref.WeakKeyDictionary()
 
 
 @overload
@@ -317,12 +317,12 @@ def _decorated(fn: Any, activations: Sequence[str] | None, mutates_args: Sequenc
         return fn
     options = (None if activations is None else tuple(activations), tuple(mutates_args), name)
     with _lock:
-        known = _natives.setdefault(fn, {}).get(options)
-        found = None if known is None else known()
+        natives: dict[Any, Native] = vars(fn).setdefault(NATIVES_OF, {})
+        found = natives.get(options)
         if found is None:
-            found = Native(fn, _free_name(name or f"{fn.__module__}.{fn.__qualname__}"), activations, mutates_args)
-            Native.registry[found.name] = found
-            _natives[fn][options] = weakref.ref(found)
+            full_name = _free_name(name or f"{fn.__module__}.{fn.__qualname__}")
+            found = natives[options] = Native(fn, full_name, activations, mutates_args)
+            Native.registry[full_name] = found
     return found.caller()
 
 

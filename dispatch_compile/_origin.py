@@ -31,6 +31,9 @@ from ._config import CompileConfig
 from ._ir import Impl
 from ._torch_private import OpOverload, OpOverloadPacket, inductor_overrides
 
+# The attribute of a function that has what was made of it by ``native``: it lives as long as the function.
+NATIVES_OF = "dispatch_compile_natives"
+
 
 class CannotSave(Exception):
     """Code cannot be saved, because it cannot be told what it was made of, or be taken apart; the message says why."""
@@ -122,7 +125,8 @@ class _Description:
         if _is_versioned(module):
             parts = [f"{module}.{function.__qualname__} {code.co_name} {code.co_firstlineno}"]
         else:
-            parts = [self._code(code, where), self.of(vars(function), f"an attribute of {where}")]
+            attributes = {name: value for name, value in vars(function).items() if name != NATIVES_OF}
+            parts = [self._code(code, where), self.of(attributes, f"an attribute of {where}")]
             parts += [f"{name} = {self.of(value, name)}" for name, value in _globals_read(function).items()]
         parts.append(self.of((function.__defaults__, function.__kwdefaults__), f"a default of {where}"))
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):

@@ -24,12 +24,12 @@ from ._ir import Impl, Op, eager_provider
 from ._making import Maker
 from ._postponed import Postponed, free_memory_of
 from ._profiler import in_profiler_range
-from ._specialize.arguments import Arguments, flatten
+from ._specialize.arguments import Arguments, Learned, flatten
 from ._specialize.aside import why_aside, why_function_aside
 from ._specialize.change import newly_dynamic, pattern_of, why_dynamic
 from ._specialize.guards import MISS, GuardedCall
 from ._specialize.key import key_of
-from ._stand_ins import Unread
+from ._stand_ins import Relearn
 from ._torch_private import profiler
 from ._trace import COMPILED, EAGER, PASSED, TraceEvent
 
@@ -38,10 +38,6 @@ _log = logging.getLogger("dispatch_compile")
 
 def _no_impl() -> None:
     return None
-
-
-class _Learned(Exception):
-    """The arguments are to be read again."""
 
 
 class Route:
@@ -94,10 +90,8 @@ class Route:
             arguments = flatten(self.callee.parameters, call.args, call.kwargs, learned)
             try:
                 return self._run_with(call, impl, table, arguments)
-            except Unread as more:
-                table.learn(reads=more.reads)
-            except _Learned:
-                pass
+            except Relearn as again:
+                table.learn(again.more, again.why)
             if table.learned == learned:
                 raise AssertionError(f"{self.callee.name}: nothing was learned of how its arguments are read")
 
@@ -108,7 +102,7 @@ class Route:
         key = key_of(arguments)
         found = table.find(key, arguments)
         if found is None:
-            self._learn_what_changes(table, arguments)
+            self._learn_what_changes(table, arguments, table.learned)
             if captures_cuda_graph(arguments):
                 return self._run_eagerly(call, IN_CUDA_GRAPH)
             made = self._maker.make(impl, table, key, arguments, call.event)
@@ -130,20 +124,16 @@ class Route:
             return self._run_after_error(call, found, error)
         return self._finish(call, found, result)
 
-    def _learn_what_changes(self, table: Table, arguments: Arguments) -> None:
+    def _learn_what_changes(self, table: Table, arguments: Arguments, learned: Learned) -> None:
         """Have what has changed since earlier calls read as dynamic.
 
         Raises:
-            _Learned: there is such a thing, so the arguments are to be read again.
+            Relearn: there is such a thing.
         """
-        names = self._newly_dynamic(table, arguments) - table.learned.dynamic
-        if names:
-            table.learn(dynamic=names, why=why_dynamic(arguments, names))
-            raise _Learned
-
-    def _newly_dynamic(self, table: Table, arguments: Arguments) -> frozenset[str]:
         automatic = self.callee.parameters.automatic
-        return newly_dynamic(arguments, table.patterns(), sizes=automatic, floats=not self.config.bitwise)
+        names = newly_dynamic(arguments, table.patterns(), sizes=automatic, floats=not self.config.bitwise)
+        if names - learned.dynamic:
+            raise Relearn(Learned(dynamic=names), why_dynamic(arguments, names))
 
     @property
     def _range_name(self) -> str:

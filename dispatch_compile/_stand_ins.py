@@ -16,6 +16,7 @@ from ._specialize.arguments import (
     CONSTANTS,
     NOTHING_LEARNED,
     Group,
+    Learned,
     Parameters,
     Step,
     leaves_of,
@@ -31,17 +32,17 @@ class StepAside(Exception):
     """The implementation has a graph, but compiled code would not behave as the implementation does."""
 
 
-class Unread(BaseException):
-    """A capture read of its objects what had not been known to be read. No Exception, lest the implementation deals
-    with it.
+class Relearn(BaseException):
+    """The arguments are to be read again, otherwise. No Exception, lest an implementation deals with it.
 
     Attributes:
-        reads: pairs of an object's name and a step.
+        more: what is to be learned in addition.
+        why: for people, if something has become dynamic.
     """
 
-    def __init__(self, reads: frozenset[tuple[str, Step]]) -> None:
-        super().__init__(reads)
-        self.reads = reads
+    def __init__(self, more: Learned, why: str | None = None) -> None:
+        super().__init__(more)
+        self.more, self.why = more, why
 
 
 class StandIns:
@@ -111,11 +112,15 @@ def _stand_in(real: Any, name: str, value_of: Callable[[Step], Any]) -> Any:
     def setattribute(self: Any, attribute: str, value: Any = None) -> None:
         raise StepAside(f"the implementation sets or deletes {name}.{attribute}")
 
+    def no_attribute(self: Any, attribute: str) -> Any:
+        raise AttributeError(f"{kind.__name__!r} object has no attribute {attribute!r}")
+
     stand_in = type(
         kind.__name__,
         (kind,),
         {
             "__getattribute__": getattribute,
+            "__getattr__": no_attribute,
             "__setattr__": setattribute,
             "__delattr__": setattribute,
             "__module__": kind.__module__,

@@ -5,13 +5,21 @@ A tracing mode makes several for each call, so they are to take a microsecond or
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import functools
 import weakref
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 
 from ._torch_private import dtype_abbreviation
+
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), slice, range, enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+)
 
 _dtype_text = functools.cache(dtype_abbreviation)
 
@@ -51,7 +59,17 @@ def summary_of(value: Any, numbers: TensorNumbers | None = None) -> Summary:
         return [summary_of(item, numbers) for item in value]
     if isinstance(value, tuple):
         return tuple(summary_of(item, numbers) for item in value)
-    return repr(value)
+    if isinstance(value, dict):
+        items = (f"{key!r}: {text_of(summary_of(item, numbers))}" for key, item in value.items())
+        return f"{{{', '.join(items)}}}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        items = (f"{name}={text_of(summary_of(item, numbers))}" for name, item in fields)
+        return f"{type(value).__name__}({', '.join(items)})"
+    if isinstance(value, (type, FunctionType)):
+        return value.__qualname__
+    # The repr of another object may be long, or hold values of tensors, or an address.
+    return repr(value) if isinstance(value, _PLAIN) else f"<{type(value).__name__}>"
 
 
 def text_of(summary: Summary) -> str:

@@ -14,7 +14,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -75,7 +75,7 @@ __all__ = [
     "dispatch_modes_active",
     "dtype_abbreviation",
     "dual_level",
-    "dynamic_int",
+    "dynamic_number",
     "dynamic_size",
     "forget_failed_compilations",
     "forget_inductors_threads",
@@ -255,22 +255,25 @@ def dynamic_size(shape_env: Any, size: int, tensor_name: str) -> torch.SymInt:
     return size_symbol
 
 
-def dynamic_int(shape_env: Any, value: int, name: str) -> torch.SymInt:
-    """A fresh symbol for a number that guards will call ``L[name]``."""
+def dynamic_number(shape_env: Any, value: float, name: str) -> torch.SymInt | torch.SymFloat:
+    """A fresh symbol for an integer or floating-point number that guards will call ``L[name]``."""
     from torch._dynamo.source import LocalSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     source = LocalSource(name)
     symbol = shape_env.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
-    number: torch.SymInt = shape_env.create_symintnode(symbol, hint=value, source=source)
+    make = shape_env.create_symintnode if isinstance(value, int) else shape_env.create_symfloatnode
+    number: torch.SymInt | torch.SymFloat = make(symbol, hint=value, source=source)
     return number
 
 
-def trace(fn: Callable[..., Any], inputs: Sequence[Any]) -> torch.fx.GraphModule:
-    """The ATen graph of ``fn`` on symbols and fake tensors."""
+def trace(
+    fn: Callable[..., Any], inputs: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> torch.fx.GraphModule:
+    """The ATen graph of ``fn`` on symbols and fake tensors; ``decompositions`` says of what some ops are made."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(fn, tracing_mode="symbolic")(*inputs)
+    return make_fx(fn, tracing_mode="symbolic", decomposition_table=dict(decompositions or {}))(*inputs)
 
 
 def size_depends_on_values(value: Any) -> bool:
@@ -417,6 +420,7 @@ def _inductor_compile(
         tracing(TracingContext(fake_mode)),
         functorch_config.patch(enable_autograd_cache=False),  # a hit there skips inner_compile
         inductor_config.patch(dict(options)),
+        _without_symbols_of_floats(fake_mode),
         torch.no_grad(),
     ):
         decompositions = None
@@ -427,6 +431,23 @@ def _inductor_compile(
     if counts != [expected]:
         raise RuntimeError(f"AOTAutograd made graphs of {counts} inputs and outputs where one of {expected} was given")
     return InductorCode(compiled[0][0])
+
+
+@contextmanager
+def _without_symbols_of_floats(fake_mode: Any) -> Iterator[None]:
+    """Tell the pass that replaces Dynamo's symbols of floating-point numbers that ours are replaced already; it would
+    ask Dynamo to start again."""
+    from torch._dynamo.symbolic_convert import TensorifyState
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    shape_env = getattr(fake_mode, "shape_env", None)
+    names = {str(s) for s in getattr(shape_env, "backed_var_to_val", ()) if symbol_is_type(s, SymT.FLOAT)}
+    for name in names:
+        TensorifyState.specialize(name)
+    try:
+        yield
+    finally:
+        TensorifyState.force_specializations -= names
 
 
 def _output_count(graph: torch.fx.GraphModule) -> int:

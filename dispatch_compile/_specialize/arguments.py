@@ -6,7 +6,7 @@ import enum
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import BuiltinFunctionType, FunctionType
@@ -132,15 +132,16 @@ class Learned:
 
     Attributes:
         dynamic: the leaves, by name, whose dimension 0, or whose value, has changed.
+        fixed: the numbers that stay constants of the code although they change: it cannot be made otherwise.
         reads: what the implementation reads of the objects that it is given, as pairs of the object's name and a step.
     """
 
     dynamic: frozenset[str] = frozenset()
+    fixed: frozenset[str] = frozenset()
     reads: frozenset[tuple[str, Step]] = frozenset()
 
-    def with_more(self, dynamic: Iterable[str] = (), reads: Iterable[tuple[str, Step]] = ()) -> Learned:
-        """The same, and more that is dynamic, or read."""
-        return Learned(self.dynamic.union(dynamic), self.reads.union(reads))
+    def __or__(self, more: Learned) -> Learned:
+        return Learned(self.dynamic | more.dynamic, self.fixed | more.fixed, self.reads | more.reads)
 
 
 NOTHING_LEARNED = Learned()
@@ -380,7 +381,7 @@ class _Reader:
         if isinstance(value, torch.Tensor):
             dynamic = known and value.dim() > 0 and value.size(0) >= 2
         else:
-            dynamic = type(value) in (int, float) and name in self.learned.dynamic
+            dynamic = type(value) in (int, float) and name in self.learned.dynamic - self.learned.fixed
         return Leaf(name, source, read, value, activation, dynamic)
 
 
