@@ -76,7 +76,7 @@ class Artifact:
             program = program_of(code.owner)
         else:
             raise CannotSave("its backend gave a function, not code")
-        if code.names:
+        if code.result_names:
             raise CannotSave("its result has classes of its own")
         if code.written and program.realigned:
             raise CannotSave("it writes to arguments, which are copied where they are not aligned")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ._torch_private import OpOverload, compile_node, graph_pass
+from ._torch_private import OpOverload, at_least, compile_node, graph_pass
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -70,7 +71,8 @@ def is_exact(node: Node) -> bool:
     packet = node.target.overloadpacket
     if node.target.is_view or isinstance(node.meta["val"], (int, torch.SymInt)):
         return True
-    if not _is_contiguous(node.meta["val"]):  # ATen's kernels depend on strides, and Inductor may choose others
+    # ATen's kernels depend on strides, and Inductor may choose others: it takes its operands' order of dimensions.
+    if not _is_contiguous(node.meta["val"]) or not all(map(_is_in_row_order, _tensors(node))):
         return False
     if packet in _MOVES or packet in _MAKES:
         return True
@@ -184,6 +186,12 @@ def _is_contiguous(tensor: Any) -> bool:
             return False
         expected = size * expected
     return True
+
+
+def _is_in_row_order(tensor: torch.Tensor) -> bool:
+    """Whether strides never grow from one dimension to the next, whatever the symbols in them stand for."""
+    strides = [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size != 1 and step != 0]
+    return all(at_least(outer, inner) for outer, inner in pairwise(strides))
 
 
 def _ops(graph: Graph) -> Iterator[Node]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ._numbers import WITH_SYMBOLS, NumbersAsTensors
 from ._results import Result, result_of
 from ._specialize.arguments import Arguments, Leaf, Learned, Parameters, layout_with, sizes, strides
 from ._specialize.aside import why_special
+from ._specialize.guards import evaluated
 from ._specialize.memory import overlaps_itself
 from ._stand_ins import Relearn, StandIns, StepAside, contents
 from ._torch_private import (
@@ -32,26 +34,10 @@ class CannotCapture(Exception):
     """The implementation has no graph that is right for these arguments; the message says why."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a tensor is but for its values. Strides of dimensions with one element mean nothing and are left out."""
 
-    shape: tuple[int, ...]
-    strides: tuple[int | None, ...]
-    dtype: torch.dtype
-    device: torch.device
 
-    @staticmethod
-    def of(tensor: torch.Tensor) -> Layout:
-        shape = tuple(tensor.shape)
-        strides = tuple(
-            stride if size != 1 and tensor.numel() else None
-            for size, stride in zip(shape, tensor.stride(), strict=True)
-        )
-        return Layout(shape, strides, tensor.dtype, tensor.device)
-
-    def __str__(self) -> str:
-        return f"{self.dtype} of shape {list(self.shape)} and strides {list(self.strides)} on {self.device}"
+# A Python number as a graph takes it: an input of its own, of one element, on the CPU.
+float_tensor = partial(torch.scalar_tensor, dtype=torch.float64)
 
 
 @dataclass
@@ -64,7 +50,7 @@ class Captured:
 
     graph: GraphModule
     token_counts: dict[str, torch.SymInt]  # by the source that reads it: a0.size(0)
-    symbols: list[Any]  # for the dynamic numbers
+    number_symbols: list[Any]  # for the dynamic numbers
     numbers: list[Any]  # what the graph takes for them: the symbol of an integer, a tensor of one element for a float
     fakes: list[torch.Tensor]
     shape_env: Any
@@ -92,9 +78,28 @@ class Captured:
         [returned] = next(iter(reversed(self.graph.graph.nodes))).args
         return [node.meta["val"] for node in returned]
 
+    @property
+    def symbols(self) -> dict[str, str]:
+        """Expressions, in terms of the leaves' sources, by the name of the symbol that they are."""
+        numbers = zip(self.number_symbols, self.arguments.dynamic_numbers, strict=True)
+        return {
+            **{str(count): source for source, count in self.token_counts.items()},
+            **{str(symbol): leaf.source for symbol, leaf in numbers if isinstance(symbol, torch.SymInt)},
+        }
+
+    @property
+    def symbol_values(self) -> dict[str, int]:
+        """What the symbols stand for in the call, by name."""
+        return {symbol: evaluated(source, self.arguments, {}) for symbol, source in self.symbols.items()}
+
+    def inputs_for(self, arguments: Arguments) -> list[Any]:
+        """What the graph takes for arguments that have the key."""
+        inputs: list[Any] = evaluated(f"[{', '.join(self.input_sources)}]", arguments, {"float_tensor": float_tensor})
+        return inputs
+
     def guards(self) -> str | None:
         """What must hold of the dynamic sizes, as an expression in terms of the leaves' sources; None if nothing."""
-        text = self.shape_env.produce_guards_expression([*self.symbols, *self.fakes]) or ""
+        text = self.shape_env.produce_guards_expression([*self.number_symbols, *self.fakes]) or ""
         sources = [leaf.source for leaf in (*self.arguments.dynamic_numbers, *self.arguments.tensors)]
         text = re.sub(r"L\['t(\d+)'\]", lambda match: sources[int(match[1])], text)
         text = re.sub(r"\.(size|stride)\(\)\[(\d+)\]", r".\1(\2)", text)
@@ -165,7 +170,7 @@ def capture(
         return found[-1].outputs
 
     try:
-        graph = trace(flat, [*token_counts.values(), *symbols, *fakes], WITH_SYMBOLS)
+        graph = trace(flat, [*token_counts.values(), *symbols, *fakes], {**_DECOMPOSED, **WITH_SYMBOLS})
         numbers = [_number_tensor(fake_mode) if isinstance(one, torch.SymFloat) else one for one in symbols]
         if any(isinstance(one, torch.SymFloat) for one in symbols):
             graph = trace(NumbersAsTensors(graph).run, [*token_counts.values(), *numbers, *fakes])
@@ -184,16 +189,19 @@ def capture(
     return Captured(graph, token_counts, symbols, numbers, fakes, shape_env, found[-1], written, arguments)
 
 
-def result_layouts(fn: Callable[..., Any], parameters: Parameters, arguments: Arguments) -> list[Layout]:
-    """How the implementation's results are laid out for exactly these arguments."""
-    fake_mode = new_fake_mode(None)
-    fakes = [_fake_like(leaf.value, fake_mode) for leaf in arguments.tensors]
-    stand_ins = StandIns(parameters, lambda tensor: _fake_like(tensor, fake_mode))
-    args, kwargs = arguments.rebuilt(arguments.values_with(fakes), stand_ins.make)
-    with fake_mode:
-        returned = fn(*args, **kwargs)
-    inputs = {leaf.source: fake for leaf, fake in zip(arguments.tensors, fakes, strict=True)}
-    return [Layout.of(output) for output in result_of(returned, inputs, {}).outputs]
+def _of_bytes(op: OpOverload) -> Callable[..., Any]:
+    """``any`` or ``all``, which are uint8 of uint8: Inductor would make them bool, and what is made of them as well."""
+
+    def decomposed(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.dtype is not torch.uint8:
+            return NotImplemented
+        return op(tensor.to(torch.bool), *args, **kwargs).to(torch.uint8)
+
+    return decomposed
+
+
+_BOOLEANS = (torch.ops.aten.any, torch.ops.aten.all)
+_DECOMPOSED = {op: _of_bytes(op) for packet in _BOOLEANS for op in (packet.default, packet.dim, packet.dims)}
 
 
 def _fake_like(tensor: torch.Tensor, fake_mode: Any) -> torch.Tensor:

@@ -6,21 +6,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ._bitwise import inexact_ops
-from ._capture import CannotCapture, Captured, Layout, capture, first_line, result_layouts
+from ._capture import CannotCapture, Captured, capture, first_line, float_tensor
 from ._config import CompileConfig
 from ._difference import Components, components_of, in_names
 from ._inductor_options import options_for
 from ._ir import Impl
+from ._layouts import Layout, corrections, eager_layouts, promised_layouts, restrided
 from ._origin import Origin
 from ._postponed import free_memory_of, may_pass
 from ._programs import Program, Run, copy_of
+from ._reference import why_wrong
+from ._registry import NativeImpl
 from ._specialize.arguments import Arguments, Learned, Parameters, with_tokens
 from ._specialize.change import Pattern, pattern_of
 from ._specialize.guards import GuardedCall, evaluated, guarded, holds
@@ -54,20 +56,30 @@ class CannotCompileNow(CannotCompile):
     """The same, for a reason that may pass."""
 
 
+class WrongReference(CannotCompile):
+    """A reference implementation gives other results than its op, so that neither may take the other's place."""
+
+
 @dataclass(frozen=True)
 class Code:
     """Compiled code for one specialization."""
 
     run: Run  # takes a list that it may empty
-    call: str  # expression that runs it, in terms of `run` and the leaves' sources
+    call: str  # expression for the output tensors, in terms of `names` and the leaves' sources
     source: str | None  # the text of the generated code, if the backend generates any
     shape_guard: str | None  # what must hold of the dynamic sizes
     result: str  # expression that makes the op's result of `out`, the list of output tensors
     symbolic_shapes: str
     written: tuple[str, ...] = ()  # sources of the arguments that it writes to
-    names: Mapping[str, Any] = field(default_factory=dict)  # what `result` refers to
+    result_names: Mapping[str, Any] = field(default_factory=dict)  # what `result` refers to
     owner: object = None  # what takes the code apart when it is freed, or of which it can be made again
     path: str | None = None  # the file that the backend wrote `source` to
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What the expressions refer to, beside the leaves' sources."""
+        own = {"run": self.run, "restrided": restrided, "float_tensor": float_tensor}
+        return {**guard_functions(self.shape_guard), **self.result_names, **own}
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,11 @@ class Specialization:
         guard = None if self.code is None else self.code.shape_guard
         return holds(guard, arguments, guard_functions(guard))
 
+    @property
+    def writes(self) -> bool:
+        """Whether its code writes to arguments."""
+        return self.code is not None and bool(self.code.written)
+
     def why_aside(self, arguments: Arguments) -> str | None:
         """Why the code may not run for arguments that it admits; None if it may."""
         written = () if self.code is None else self.code.written
@@ -108,10 +125,11 @@ class Specialization:
         Without code, it gives None for arguments like these.
         """
         if self.code is None:
-            return guarded(arguments, None, ["return None"], {}, of_function=of_function)
+            several = [f"2 <= {leaf.source}.size(0)" for leaf in arguments.tensors if leaf.dynamic]
+            return guarded(arguments, " and ".join(several) or None, ["return None"], {}, of_function=of_function)
         code = self.code
         guard = " and ".join(filter(None, [code.shape_guard, *_separate(code, arguments)])) or None
-        names = {**_names(code), "apart": apart, "changed": torch.autograd.graph.increment_version}
+        names = {**code.names, "apart": apart, "changed": torch.autograd.graph.increment_version}
         counted = [leaf.source for leaf in arguments.tensors if not leaf.value.is_inference()]
         changed = [f"changed({source})" for source in code.written if source in counted]
         result = [f"out = {code.call}", *changed, f"return {code.result}"]
@@ -125,15 +143,6 @@ def _separate(code: Code, arguments: Arguments) -> list[str]:
     return [f"apart({one}, {other})" for one in written for other in sources if other != one]
 
 
-def _names(code: Code) -> dict[str, Any]:
-    """What the expressions of code refer to, but for the arguments."""
-    return {**guard_functions(code.shape_guard), **code.names, "run": code.run, "float_tensor": _float_tensor}
-
-
-# A Python number as code takes it: an input of its own, of one element, on the CPU.
-_float_tensor = partial(torch.scalar_tensor, dtype=torch.float64)
-
-
 def specialize(
     name: str, impl: Impl, parameters: Parameters, arguments: Arguments, config: CompileConfig, origin: Origin | str
 ) -> Specialization:
@@ -142,16 +151,21 @@ def specialize(
     Raises:
         CannotCompile: it cannot be captured, or the backend failed.
         CannotCompileNow: the same, for lack of memory, disk space or the like.
+        WrongReference: it was given to register_native, and its results are not what the op's own are.
         Relearn: the arguments are to be read otherwise.
     """
     try:
+        wrong = why_wrong(impl, arguments) if isinstance(impl, NativeImpl) else None
+        if wrong is not None:
+            raise WrongReference(wrong)
         code = _code_for(impl.func_impl_fn, parameters, arguments, config)
-        _check_results(code, impl.func_impl_fn, parameters, arguments)
     except StepAside as reason:
         return Specialization(None, components_of(arguments), pattern_of(arguments), failure=str(reason))
     except CannotCapture as error:
         _fix_numbers(arguments)
         raise _not_captured(name, impl, error) from error.__cause__
+    except WrongReference:
+        raise
     except Exception as error:
         if not may_pass(error):
             _fix_numbers(arguments)
@@ -218,7 +232,7 @@ def foresee(name: str, impl: Impl, parameters: Parameters, arguments: Arguments)
         raise _not_captured(name, impl, error) from error.__cause__
     finally:
         forget_shape_envs()
-    code = _code(captured, captured.guards(), _not_compiled)
+    code = _code(captured, _not_compiled)
     return Specialization(code, components, pattern, in_names(code.shape_guard, arguments))
 
 
@@ -233,11 +247,14 @@ def _code_for(fn: Callable[..., Any], parameters: Parameters, arguments: Argumen
         with suppress(CannotCapture, StepAside):  # many tokens may be what the implementation does not take
             captured = capture(fn, parameters, arguments, tokens)
             if _admits(captured, arguments):
-                code = _compile(captured, config)
+                code, eager = _compile(captured, config)
                 if _admits(captured, arguments):  # compiling may have added guards
                     _tune(code, arguments)
+                    _check_results(code, eager, arguments)
                     return code
-    return _compile(capture(fn, parameters, arguments), config)
+    code, eager = _compile(capture(fn, parameters, arguments), config)
+    _check_results(code, eager, arguments)
+    return code
 
 
 def _many_tokens(arguments: Arguments) -> dict[int, int]:
@@ -266,29 +283,30 @@ def _tune(code: Code, arguments: Arguments) -> None:
     _try(code, arguments.with_tensors(many))
 
 
-def _check_results(code: Code, fn: Callable[..., Any], parameters: Parameters, arguments: Arguments) -> None:
-    """Run the code once, and compare its results with what the implementation promises, in all but the values."""
+def _check_results(code: Code, eager: list[Layout], arguments: Arguments) -> None:
+    """Run the code once, and compare its results with eager's, in all but the values."""
     outputs = _try(code, arguments)
-    if outputs is None:
-        return
-    actual = list(map(Layout.of, outputs))
-    expected = result_layouts(fn, parameters, arguments)
-    if actual != expected:
-        given, promised = (", ".join(map(str, layouts)) for layouts in (actual, expected))
-        raise RuntimeError(f"the code gives {given} where the implementation gives {promised}")
+    given = None if outputs is None else list(map(Layout.of, outputs))
+    if given is not None and given != eager:
+        what, expected = (", ".join(map(str, layouts)) for layouts in (given, eager))
+        raise RuntimeError(f"the code gives {what} where eager gives {expected}")
 
 
 def _try(code: Code, arguments: Arguments) -> Sequence[torch.Tensor] | None:
-    """The code's output tensors for arguments with the same key, of which it changes copies; None where it must not
-    run, or the copies would take much memory."""
-    written = [leaf for leaf in arguments.tensors if leaf.source in code.written]
-    if not holds(code.shape_guard, arguments, guard_functions(code.shape_guard)):
+    """The code's output tensors for arguments with the same key; None where it must not run, or not be tried."""
+    trial = _for_trial(arguments, code.written)
+    if trial is None or not holds(code.shape_guard, arguments, guard_functions(code.shape_guard)):
         return None
-    if sum(leaf.value.nbytes for leaf in written) > BYTES_TO_TUNE_ON:
-        return None
-    tensors = [copy_of(leaf.value) if leaf.source in code.written else leaf.value for leaf in arguments.tensors]
-    outputs: Sequence[torch.Tensor] = evaluated(code.call, arguments.with_tensors(tensors), _names(code))
+    outputs: Sequence[torch.Tensor] = evaluated(code.call, trial, code.names)
     return outputs
+
+
+def _for_trial(arguments: Arguments, written: Sequence[str]) -> Arguments | None:
+    """The arguments with copies of those that are written; None if the copies would take much memory."""
+    if sum(leaf.value.nbytes for leaf in arguments.tensors if leaf.source in written) > BYTES_TO_TUNE_ON:
+        return None
+    tensors = [copy_of(leaf.value) if leaf.source in written else leaf.value for leaf in arguments.tensors]
+    return arguments.with_tensors(tensors)
 
 
 def _not_captured(name: str, impl: Impl, error: CannotCapture) -> CannotCompile:
@@ -299,39 +317,53 @@ def _what(name: str, impl: Impl) -> str:
     return f"the {impl.provider!r} implementation of {name}"
 
 
-def _compile(captured: Captured, config: CompileConfig) -> Code:
-    not_compiled = _code(captured, captured.guards(), _run_of_backend(captured.graph))
+def _compile(captured: Captured, config: CompileConfig) -> tuple[Code, list[Layout]]:
+    """Code for a graph, and how eager lays out its results for the call that it was captured for."""
     # Raises where eager does for such arguments: compiled code also runs where eager has no kernel for a dtype.
-    _try(not_compiled, captured.arguments)
+    eager = _eager_layouts(captured)
     owner: InductorCode | Program | None = None
+    strides: Sequence[Sequence[Any] | None] = [None] * len(eager)
     if not captured.written and all(_is_known_to_be_empty(output) for output in captured.outputs):
+        strides = [layout.strides for layout in eager]
         if captured.may_raise:
-            return not_compiled
-        owner = _program_of_nothing(captured.outputs)
-        run = owner.load()
+            run = _run_of_backend(captured.graph)
+        else:
+            owner = _program_of_nothing(eager)
+            run = owner.load()
     elif config.backend == "inductor":
         whole = inexact_ops(captured.graph) if config.bitwise else None
         options = {**options_for(captured, whole), **config.options}
         owner = inductor_compile(captured.graph, captured.inputs, options, whole or ())
         run = owner.run
+        strides = owner.strides(captured.shape_env)
     else:
         backend = lookup_backend(config.backend) if isinstance(config.backend, str) else config.backend
         run = _run_of_backend(backend(captured.graph, captured.inputs))
-    # Only now: compiling may have added to what is assumed of the sizes.
-    return _code(captured, captured.guards(), run, owner)
+    code = _code(captured, run, owner)
+    texts = corrections(captured, eager, strides)
+    if any(text != "None" for text in texts):
+        code = replace(code, call=f"restrided({code.call}, ({', '.join(texts)},))")
+    return code, eager
 
 
-def _code(captured: Captured, guards: str | None, run: Run, owner: InductorCode | Program | None = None) -> Code:
+def _eager_layouts(captured: Captured) -> list[Layout]:
+    trial = _for_trial(captured.arguments, [leaf.source for leaf in captured.written])
+    if trial is None:
+        return promised_layouts(captured)
+    return eager_layouts(captured.graph, captured.inputs_for(trial))
+
+
+def _code(captured: Captured, run: Run, owner: InductorCode | Program | None = None) -> Code:
     generated = owner if isinstance(owner, InductorCode) else None
     return Code(
         run=run,
         call=f"run([{', '.join(captured.input_sources)}])",
         source=None if generated is None else generated.source,
-        shape_guard=guards,
+        shape_guard=captured.guards(),  # only now: compiling may have added to what is assumed of the sizes
         result=captured.result.expression,
         symbolic_shapes=captured.symbolic_shapes(),
         written=tuple(leaf.source for leaf in captured.written),
-        names=captured.result.names,
+        result_names=captured.result.names,
         owner=owner,
         path=None if generated is None else generated.path,
     )
@@ -341,10 +373,10 @@ def _is_known_to_be_empty(output: torch.Tensor) -> bool:
     return 0 in output.shape and all(isinstance(dim, int) for dim in (*output.shape, *output.stride()))
 
 
-def _program_of_nothing(outputs: list[torch.Tensor]) -> Program:
-    """Results without elements need no kernel, and Inductor gives some of them other strides than eager."""
+def _program_of_nothing(layouts: list[Layout]) -> Program:
+    """Results without elements need no kernel."""
     empty = "torch.empty_strided({}, {}, dtype={}, device={!r})".format
-    results = [empty(tuple(o.shape), o.stride(), o.dtype, str(o.device)) for o in outputs]
+    results = [empty(layout.shape, layout.strides, layout.dtype, str(layout.device)) for layout in layouts]
     return Program(f"import torch\ndef call(inputs): return [{', '.join(results)}]")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-ON_FAILURE = ("raise", "native")
+ON_FAILURE = ("native", "raise")
 NO_EVICTION, LRU = "none", "lru"
 
 
@@ -30,8 +30,8 @@ class CompileConfig:
             ``options`` come on top.
         providers: providers whose implementations may be compiled. A call for which the op's priority
             chooses any other provider passes untouched.
-        on_failure: what to do with an implementation that cannot be captured or compiled: ``"raise"``
-            a :class:`CompileError`, or run it ``"native"`` (warned about once, counted, traced). It is not tried again,
+        on_failure: what to do with an implementation that cannot be captured or compiled: run it ``"native"`` (warned
+            about once with the reason, counted, traced), or ``"raise"`` a :class:`CompileError`. It is not tried again,
             unless the failure may pass (an ``OSError`` as of a full disk, or a lack of memory): then calls go on like
             this for 5 seconds before one tries again, and for twice as long after each further failure.
         background: whether calls that need new code run natively while a thread of its own compiles, in place of
@@ -66,7 +66,7 @@ class CompileConfig:
         options: Mapping[str, Any] | None = None,
         bitwise: bool = False,
         providers: Iterable[str] = ("native",),
-        on_failure: str = "raise",
+        on_failure: str = "native",
         background: bool = False,
         max_specializations: int = 256,
         eviction: str = NO_EVICTION,

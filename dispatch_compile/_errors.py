@@ -9,7 +9,8 @@ _log = logging.getLogger("dispatch_compile")
 
 
 class CompileError(RuntimeError):
-    """An implementation could not be captured or compiled, and ``on_failure="raise"``."""
+    """An implementation could not be captured or compiled, and ``on_failure="raise"``; or what was given to
+    :func:`register_native` has other results than its op."""
 
 
 class DispatchCompileWarning(UserWarning):

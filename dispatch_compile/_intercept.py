@@ -37,8 +37,8 @@ def kernel_of(overload: OpOverload) -> Callable[..., Any]:
                             if result is not MISS:
                                 route.counters.hits += 1
                                 return result
-                    except Exception:
-                        pass  # the long way deals with it
+                    except Exception as error:
+                        return route.run_after_error(keyset, args, kwargs, error, call)
         return _intercept(overload, keyset, args, kwargs)
 
     hide_from_dynamo(kernel)

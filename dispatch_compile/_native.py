@@ -216,8 +216,8 @@ class Native:
                             if result is not MISS:
                                 route.counters.hits += 1
                                 return result
-                    except Exception:
-                        pass  # the long way deals with it
+                    except Exception as error:
+                        return route.run_after_error(None, args, kwargs, error, call)
             return run_function(self, args, kwargs)
 
         native.dispatch_compile_native = self  # type: ignore[attr-defined]

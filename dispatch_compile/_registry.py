@@ -81,7 +81,8 @@ class NativeImpl:
 
     provider = "native"
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
+    def __init__(self, torch_op: OpOverload, fn: Callable[..., Any]) -> None:
+        self.torch_op = torch_op
         self.impl_fn = fn
 
     def func_impl_fn(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +102,7 @@ class NativeOp:
     def __init__(self, torch_op: OpOverload, fn: Callable[..., Any], activations: list[str]) -> None:
         self.torch_op = torch_op
         self.activations = activations
-        self._impl = NativeImpl(fn)
+        self._impl = NativeImpl(torch_op, fn)
 
     def dispatch(self, *args: Any, **kwargs: Any) -> NativeImpl:
         return self._impl
@@ -137,7 +138,9 @@ def register_native(
 
     Args:
         op: ``torch.ops.ns.name.overload``, ``torch.ops.ns.name`` if it has one overload, or ``"ns::name"``.
-        fn: plain PyTorch, a function of its arguments alone, with type hints and the op's own schema.
+        fn: plain PyTorch, a function of its arguments alone, with type hints and the op's own schema. Its results must
+            have the op's dtypes, shapes and strides: a call for which new code is made raises a :class:`CompileError`
+            if they have not.
         activations: parameters whose dimension 0 is the token dimension; by default those that start with ``x``.
 
     Returns:

@@ -16,7 +16,7 @@ from ._active import bodies_watched
 from ._cache import Guarded, NativeCache, Table
 from ._callee import Callee
 from ._capture import first_line
-from ._compilation import CannotCompile, CannotCompileNow, Specialization
+from ._compilation import CannotCompile, CannotCompileNow, Specialization, WrongReference
 from ._config import CompileConfig
 from ._difference import components_of
 from ._errors import CompileError, warn
@@ -76,7 +76,7 @@ class Route:
             try:
                 result = self._guarded_call(entry, impl)(args, kwargs)
             except Exception as error:
-                return self._run_after_error(call, entry.specialization, error)
+                return self._run_after_error(call, entry.specialization.writes, error)
             if result is not MISS:
                 return self._finish(call, entry.specialization, result)
         return self._run_unseen(call, op, impl)
@@ -121,7 +121,7 @@ class Route:
         try:
             result = self._guarded_call(entry, impl)(call.args, call.kwargs)
         except Exception as error:
-            return self._run_after_error(call, found, error)
+            return self._run_after_error(call, found.writes, error)
         return self._finish(call, found, result)
 
     def _learn_what_changes(self, table: Table, arguments: Arguments, learned: Learned) -> None:
@@ -172,10 +172,19 @@ class Route:
         self.counters.fell_back(reason)
         call.note(EAGER, reason)
 
-    def _run_after_error(self, call: _Call, specialization: Specialization, error: Exception) -> Any:
+    def run_after_error(
+        self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception, failed: GuardedCall
+    ) -> Any:
+        """Run a call for which ``failed``, in a short cut, raised."""
+        table = self.last[1]
+        entries = () if table is None else table.guarded
+        written = any(entry.call is failed and entry.specialization.writes for entry in entries)
+        return self._run_after_error(_Call(self, keyset, args, kwargs, None, "", ""), written, error)
+
+    def _run_after_error(self, call: _Call, written: bool, error: Exception) -> Any:
         """Compiled code raised: let the op itself say whether that is an error, and which; unless the code may have
-        written to its arguments already."""
-        if specialization.code is not None and specialization.code.written:
+        written to arguments already."""
+        if written:
             raise error
         free_memory_of(error)
         result = call.redispatch()
@@ -189,7 +198,7 @@ class Route:
     ) -> Any:
         """The first call of a specialization that cannot be compiled."""
         reason = str(failure)
-        fatal = self.config.on_failure == "raise"
+        fatal = self.config.on_failure == "raise" or isinstance(failure, WrongReference)
         # Before the op runs, which may change what its arguments are like.
         specialization = Specialization(
             None, components_of(arguments), pattern_of(arguments), failure=reason, fatal=fatal

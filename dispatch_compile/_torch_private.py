@@ -66,6 +66,7 @@ __all__ = [
     "TorchDispatchMode",
     "TritonLaunch",
     "all_op_names",
+    "at_least",
     "causes",
     "compile_lock",
     "compile_lock_if_imported",
@@ -102,8 +103,11 @@ __all__ = [
     "new_fake_mode",
     "new_shape_env",
     "profiler",
+    "reinterpret_tensor",
     "shape_guard_names",
+    "size_at",
     "size_depends_on_values",
+    "size_text",
     "torchs_modes",
     "trace",
     "triton_launch",
@@ -118,6 +122,9 @@ BELOW_BACKEND_SELECT = _dispatch_keyset_full_after(DispatchKey.BackendSelect)
 
 # "ns::name.overload" of every op registered; torch.ops lists only what Python has touched.
 all_op_names: Callable[[], list[str]] = _dispatch_get_all_op_names
+
+# reinterpret_tensor(tensor, size, stride): as Inductor's code does it, which is no view for autograd to know of.
+reinterpret_tensor: Callable[..., torch.Tensor] = torch._C._dynamo.guards._reinterpret_tensor
 
 # Non-zero while a TorchDispatchMode would see the ops in a native implementation's body.
 dispatch_modes_active: Callable[[], int] = _len_torch_dispatch_stack
@@ -283,6 +290,31 @@ def size_depends_on_values(value: Any) -> bool:
     return bool(free_unbacked_symbols(value))
 
 
+def at_least(size: int | torch.SymInt, least: int | torch.SymInt) -> bool:
+    """Whether a size or stride is known to be so large at every number of tokens; to compare it would add a guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(size >= least))
+
+
+def size_at(size: int | torch.SymInt, values: Mapping[str, int]) -> int:
+    """What a size or stride is for these values of the symbols, by name."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs({symbol: values[symbol.name] for symbol in expression.free_symbols}))
+
+
+def size_text(size: int | torch.SymInt, symbols: Mapping[str, str]) -> str:
+    """Python source for a size or stride; ``symbols`` has expressions by the symbols' names."""
+    if isinstance(size, int):
+        return str(size)
+    from torch.utils._sympy.printers import PythonPrinter
+
+    text = PythonPrinter().doprint(size.node.expr)
+    return re.sub(r"[A-Za-z_]\w*", lambda match: symbols.get(match[0], match[0]), text)
+
+
 def shape_guard_names() -> dict[str, Any]:
     """The names that text from ``ShapeEnv.produce_guards_expression`` refers to."""
     from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
@@ -344,6 +376,13 @@ class InductorCode:
         self.path: str = get_path(code.cache_key, "py")[2]  # the code itself knows the name, but not the folder
         for module in [module for module in PyCodeCache.modules if module.__file__ == self.path][-1:]:
             weakref.finalize(self, _forget_module, module).atexit = False
+
+    def strides(self, shape_env: Any) -> list[tuple[Any, ...] | None]:
+        """The strides of each result in terms of the symbols of the ShapeEnv, where Inductor tells."""
+        return [
+            None if texts is None else tuple(shape_env.deserialize_symexpr(text) for text in texts)
+            for texts in self._code.output_strides
+        ]
 
 
 def _forget_module(module: ModuleType) -> None:

@@ -90,7 +90,7 @@ def failing(graph, inputs):
 
 
 def test_a_failure_is_raised_by_the_next_call(counted):
-    mode, x = background(failing), torch.randn(4, 3)
+    mode, x = background(failing, on_failure="raise"), torch.randn(4, 3)
     with mode:
         counted(x)
         assert mode.cache.wait(60)
@@ -100,7 +100,7 @@ def test_a_failure_is_raised_by_the_next_call(counted):
 
 
 def test_a_failure_is_warned_of_once_where_calls_are_to_go_on(counted):
-    mode, x = background(failing, on_failure="native"), torch.randn(4, 3)
+    mode, x = background(failing), torch.randn(4, 3)
     with mode:
         counted(x)
         assert mode.cache.wait(60)

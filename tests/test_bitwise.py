@@ -178,6 +178,34 @@ def test_what_a_gpu_does_not_compute_by_definition_is_equal_for_every_float32(de
     assert "torch.ops.aten." not in without_comments
 
 
+ORDERS = {
+    "last two dimensions swapped": lambda x: x.mT,
+    "tokens last": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "in reverse": lambda x: x.permute(2, 1, 0),
+    "part of the rows": lambda x: x[:, :16],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_atens_kernels_get_the_strides_that_eagers_get(order, define_ir_op):
+    """They sum in the order of the strides; Inductor would choose its operands' for a copy that is to be contiguous."""
+
+    def copied(x: Tensor) -> list[Tensor]:
+        contiguous = x.contiguous()
+        return [
+            (x + 1).reshape(-1),
+            (x * 2).flatten(1).exp(),
+            (x + 1).contiguous().sum(-1),
+            (x * 2).clone(memory_format=torch.contiguous_format).mean((0, 2)),
+            (contiguous * x).sum(-1),
+            torch.where(contiguous > 0, x, contiguous).sum(1),
+        ]
+
+    op, mode = define_ir_op(copied), dc.DispatchCompileMode(config=BITWISE)
+    x = ORDERS[order](torch.randn(64, 32, 48, generator=torch.Generator().manual_seed(0)))
+    assert differences(mode, op, x) == [EQUAL] * 6
+
+
 # ---- What is compiled and what is not
 
 
@@ -224,7 +252,7 @@ def test_options_of_the_user_come_on_top(monkeypatch):
         raise RuntimeError("enough")
 
     monkeypatch.setattr(_compilation, "inductor_compile", compiler)
-    config = dc.CompileConfig(bitwise=True, options={"pattern_matcher": True})
+    config = dc.CompileConfig(bitwise=True, options={"pattern_matcher": True}, on_failure="raise")
     with dc.DispatchCompileMode(config=config), pytest.raises(dc.CompileError, match="enough"):
         dc.ops.silu_and_mul(torch.randn(4, 6))
     assert asked_for["pattern_matcher"] is True

@@ -18,7 +18,7 @@ def test_defaults():
         "inductor",
         {},
         ("native",),
-        "raise",
+        "native",
     )
 
 
@@ -45,7 +45,7 @@ def test_only_keywords():
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"on_failure": "warn"}, ValueError, "on_failure must be one of .*'raise', 'native'.*, not 'warn'"),
+        ({"on_failure": "warn"}, ValueError, "on_failure must be one of .*'native', 'raise'.*, not 'warn'"),
         ({"backend": "inducto"}, ValueError, "unknown backend 'inducto'; did you mean 'inductor'"),
         ({"backend": 3}, TypeError, "backend must be a name or a callable, not 3"),
         ({"options": {"max_autotun": 1}}, ValueError, "Inductor has no option 'max_autotun'; did you mean 'max_auto"),
@@ -72,7 +72,7 @@ def backend(graph, inputs):
 
 EQUAL = [
     ({}, {"backend": "inductor", "options": {}, "bitwise": False, "providers": ["native"]}),
-    ({}, {"on_failure": "raise"}),
+    ({}, {"on_failure": "native"}),
     ({"options": {"max_autotune": True, "cpp.simdlen": 8}}, {"options": {"cpp.simdlen": 8, "max_autotune": True}}),
     ({"options": {"max-autotune": True}}, {"options": {"max_autotune": True}}),
     ({"backend": backend}, {"backend": backend}),

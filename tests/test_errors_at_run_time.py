@@ -65,6 +65,36 @@ def test_code_that_raises_where_the_op_does_not_is_said_to(define_ir_op, caplog)
     assert "no memory left" in caplog.text
 
 
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("first_call", [False, True])
+@pytest.mark.filterwarnings("ignore::dispatch_compile.DispatchCompileWarning")
+def test_code_that_raises_runs_once_and_then_the_op(first_call, trace, counted):
+    runs = 0
+    fails_from = 2 if first_call else 3
+
+    def backend(graph, inputs):
+        def run(*args):
+            nonlocal runs
+            runs += 1
+            if runs >= fails_from:
+                raise RuntimeError("device fault")
+            return graph(*args)
+
+        return run
+
+    mode, x = dc.DispatchCompileMode(config=dc.CompileConfig(backend=backend), trace=trace), torch.randn(4, 4)
+    with mode:
+        if not first_call:
+            counted(x)
+        before, natively = runs, counted.python_runs
+        torch.testing.assert_close(counted(x), x * 2 + 1)
+    checked = captured = int(first_call)  # new code is tried once, and is of one capture
+    assert runs - before == 1 + checked
+    assert counted.python_runs - natively == 1 + captured
+    stats = mode.cache.stats()
+    assert (stats.compiles, stats.hits, stats.fallbacks) == (1, int(not first_call), 1)
+
+
 @pytest.mark.filterwarnings("ignore::dispatch_compile.DispatchCompileWarning", "ignore:An output with one or more")
 def test_an_op_that_resizes_an_argument_and_cannot_be_compiled(define_ir_op):
     def adding(xs: list[Tensor]) -> Tensor:

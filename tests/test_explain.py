@@ -412,7 +412,8 @@ def test_what_failed_in_the_background(define_ir_op):
         return x.roll(int(x.sum()))
 
     op, x = define_ir_op(rolled), torch.ones(4, 3)
-    mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", background=True))
+    config = dc.CompileConfig(backend="eager", background=True, on_failure="raise")
+    mode = dc.DispatchCompileMode(config=config)
     with mode:
         op(x)
     assert mode.cache.wait(60)

@@ -99,7 +99,7 @@ def test_what_may_pass_is_tried_again_and_not_at_every_call(writes, counted):
 
 
 def test_what_may_pass_is_raised_until_it_is_tried_again(writes, counted):
-    mode, x = dc.DispatchCompileMode(config=dc.CompileConfig(backend=writes)), torch.randn(4, 3)
+    mode, x = dc.DispatchCompileMode(config=dc.CompileConfig(backend=writes, on_failure="raise")), torch.randn(4, 3)
     with mode:
         errors = [outcome(counted, x) for _ in range(3)]
         assert {type(error) for error in errors} == {dc.CompileError}
@@ -191,7 +191,8 @@ def test_too_little_memory_to_compile(counted):
         in_native.append([reference() is None for reference in references])
         return original(x)
 
-    mode, x, in_native = dc.DispatchCompileMode(config=dc.CompileConfig(backend=greedy)), torch.randn(4, 3), []
+    config = dc.CompileConfig(backend=greedy, on_failure="raise")
+    mode, x, in_native = dc.DispatchCompileMode(config=config), torch.randn(4, 3), []
     impl = counted.op.impls["native"]
     original, impl.func_impl_fn = impl.func_impl_fn, native
     gc.disable()
@@ -275,7 +276,7 @@ def test_a_lowering_that_raises(define_ir_op, monkeypatch):
 
 
 def test_the_cpp_wrapper_is_refused(counted):
-    mode = dc.DispatchCompileMode(config=dc.CompileConfig(options={"cpp_wrapper": True}))
+    mode = dc.DispatchCompileMode(config=dc.CompileConfig(options={"cpp_wrapper": True}, on_failure="raise"))
     with mode, pytest.raises(dc.CompileError, match=r"set options=\{'cpp_wrapper': False\}$"):
         counted(torch.randn(4, 3))
 

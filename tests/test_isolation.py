@@ -376,7 +376,7 @@ def failing(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 def test_failures_are_one_engines_own(counted):
     """Of three engines that share a cache and a backend that fails, each does with it what it was told to do."""
     cache = dc.NativeCache()
-    raising = dc.DispatchCompileMode(config=dc.CompileConfig(backend=failing), cache=cache)
+    raising = dc.DispatchCompileMode(config=dc.CompileConfig(backend=failing, on_failure="raise"), cache=cache)
     lenient = dc.DispatchCompileMode(config=dc.CompileConfig(backend=failing, on_failure="native"), cache=cache)
     working = dc.DispatchCompileMode(config=FIRST, cache=cache)
     for first_time in (True, False):

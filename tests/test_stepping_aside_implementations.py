@@ -345,7 +345,7 @@ def test_backend_that_fails(define_ir_op):
         return x * 2
 
     op, x = define_ir_op(double), torch.randn(4, 3)
-    mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend=broken))
+    mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend=broken, on_failure="raise"))
     with mode, pytest.raises(dc.CompileError, match=r"cannot be compiled .*ValueError: no such instruction$") as error:
         op(x)
     assert isinstance(error.value.__cause__, ValueError)

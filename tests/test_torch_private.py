@@ -48,6 +48,16 @@ def test_profiler_flag_is_up_while_a_profiler_is_on():
     assert private.profiler._is_profiler_enabled is False
 
 
+@covers("reinterpret_tensor")
+@pytest.mark.parametrize("inference", [False, True])
+def test_other_strides_over_the_same_memory(inference):
+    with torch.inference_mode(inference):
+        x = torch.randn(4, 1)
+        y = private.reinterpret_tensor(x, x.shape, (1, 7))
+    assert (y.data_ptr(), y.shape, y.stride()) == (x.data_ptr(), (4, 1), (1, 7))
+    assert (y.is_inference(), y._is_view(), y._version if not inference else 0) == (inference, False, 0)
+
+
 @covers("torchs_modes")
 def test_stack_of_modes():
     class Mode(TorchDispatchMode):
@@ -303,13 +313,28 @@ def test_capture_with_a_symbol():
     def fn(x: Tensor) -> Tensor:
         return x * 2 if x.shape[0] % 2 == 0 else x * 3
 
-    graph = private.trace(fn, [x])
+    graph = private.trace(fn, [x], {})
     assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [torch.ops.aten.mul.Tensor]
     text = shape_env.produce_guards_expression([x])
     assert "L['t0'].size()[0]" in text
     check = eval(f"lambda L: {text}", private.shape_guard_names())
     assert [check({"t0": torch.empty(n, 3)}) for n in (2, 3, 4, 100)] == [True, False, True, True]
     assert graph(torch.ones(4, 3)).eq(2).all()
+
+
+@covers("at_least", "size_text", "size_at")
+def test_sizes_with_symbols():
+    shape_env = private.new_shape_env()
+    size = private.dynamic_size(shape_env, 6, "t0")
+    symbols = {str(size): "x.size(0)"}
+    sizes = [3, size, 8 * size, size // 2, torch.sym_max(size, 5)]
+    told = [eval(private.size_text(one, symbols), {"x": torch.empty(9)}) for one in sizes]
+    assert told == [3, 9, 72, 4, 9]
+    assert [private.size_at(one, {str(size): 9}) for one in sizes] == told
+    assert [private.at_least(one, 2) for one in (*sizes, 1)] == [True, True, True, False, True, False]
+    assert private.at_least(8 * size, size)
+    assert not private.at_least(8, size)
+    assert [str(guard.expr) for guard in shape_env.guards] == []
 
 
 @covers("new_fake_mode")
@@ -328,7 +353,7 @@ def test_fake_modes_leave_nothing_in_the_cache_that_they_share():
     size = private.dynamic_size(shape_env, 6, "t0")
     with private.new_fake_mode(shape_env):
         x = torch.empty_strided([size, 3], [3, 1])
-    private.trace(lambda x: x[: x.shape[0] // 2] + torch.zeros(x.shape[0] // 2, 3), [x])
+    private.trace(lambda x: x[: x.shape[0] // 2] + torch.zeros(x.shape[0] // 2, 3), [x], {})
     assert FakeTensorMode.cache_info().size == before
 
 
@@ -422,11 +447,12 @@ def test_inductor():
     def fn(size: object, x: Tensor) -> list[Tensor]:
         return [x * 2 + 1]
 
-    graph = private.trace(fn, [size, x])
+    graph = private.trace(fn, [size, x], {})
     variables = set(copy_context())
     code = private.inductor_compile(graph, [size, x], {"size_asserts": False})
     assert set(copy_context()) == variables
     assert isinstance(code, private.InductorCode)
+    assert code.strides(shape_env) == [(3, 1)]
     for tokens in (2, 6, 9):
         (result,) = code.run([tokens, torch.ones(tokens, 3)])
         assert result.tolist() == [[3.0] * 3] * tokens
@@ -455,7 +481,7 @@ def test_aten_is_called_for_all_that_is_not_marked():
 
     with private.new_fake_mode(private.new_shape_env()):
         x = torch.empty(4, 3)
-    graph = private.trace(lambda x: [torch.nn.functional.silu(x) * 2], [x])
+    graph = private.trace(lambda x: [torch.nn.functional.silu(x) * 2], [x], {})
     options = {"fallback_by_default": True, "post_grad_custom_post_pass": graph_pass, "fx_graph_cache": False}
     code = private.inductor_compile(graph, [x], options, whole=[torch.ops.aten.silu.default])
     assert marked == [torch.ops.aten.mul.Tensor]
@@ -526,7 +552,7 @@ def inductor_code():
     fake_mode = private.new_fake_mode(private.new_shape_env())
     with fake_mode:
         x = torch.empty(6, 3)
-    return private.inductor_compile(private.trace(fn, [x]), [x], {})
+    return private.inductor_compile(private.trace(fn, [x], {}), [x], {})
 
 
 @covers("inductor_overrides")
@@ -671,7 +697,7 @@ def test_triton_kernels(tmp_path):
     fake_mode = private.new_fake_mode(private.new_shape_env())
     with fake_mode:
         fake = torch.empty(600, 3, device="cuda")
-    code = private.inductor_compile(private.trace(fn, [fake]), [fake], {})
+    code = private.inductor_compile(private.trace(fn, [fake], {}), [fake], {})
     x, result = torch.randn(600, 3, device="cuda"), torch.empty(600, 3, device="cuda")
     [expected] = code.run([x])
     module, positions = private.generated_module(code.run)

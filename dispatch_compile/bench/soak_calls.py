@@ -70,8 +70,8 @@ class Engines:
         self.plain = _mode(backend)
         self.background = _mode(backend, background=True)
         self.bounded = _mode("eager", max_specializations=2, eviction="lru")
-        self.lenient = _mode("eager", on_failure="native")
-        self.strict = _mode("eager")
+        self.lenient = _mode("eager")
+        self.strict = _mode("eager", on_failure="raise")
         self.calls = [
             _prepared(case.op, case.arguments(Inputs(Sizes(tokens, HIDDEN, dtype, device))))
             for case in CASES.values()
