@@ -26,7 +26,7 @@ from ._origin import CannotSave
 from ._postponed import Postponed
 from ._specialize.arguments import NOTHING_LEARNED, Arguments, Learned
 from ._specialize.change import Pattern
-from ._specialize.guards import GuardedCall
+from ._specialize.guards import MISS, GuardedCall
 
 _log = logging.getLogger("dispatch_compile")
 
@@ -72,6 +72,8 @@ class Table:
         calls: what the hot path tries in turn: guarded calls of compiled code, the last one made first.
         guarded: the same with their specializations, and the guarded failures. Both are replaced whole, so that
             readers need no lock.
+        missing: guards that tell calls for which there was no code in a mode that makes none. Forgotten when there is
+            new code.
         warned_of: the reasons that were warned of.
         dropped: whether the cache has let go of it. It stays empty then; what is under way for it is not kept.
         postponed: the failure for which nothing is compiled for a while.
@@ -81,6 +83,7 @@ class Table:
     def __init__(self) -> None:
         self.calls: tuple[GuardedCall, ...] = ()
         self.guarded: tuple[Guarded, ...] = ()
+        self.missing: tuple[GuardedCall, ...] = ()
         self.warned_of: set[str] = set()
         self.dropped = False
         self.postponed: Postponed | None = None
@@ -119,6 +122,7 @@ class Table:
         with _lock:
             if not self.dropped:
                 self._by_key[key] = [*self._by_key.pop(key, ()), specialization]
+            self.missing = ()
 
     def difference(self, made: Specialization) -> str | None:
         """In what a specialization differs from the nearest that there is; None if there is none."""
@@ -142,6 +146,16 @@ class Table:
                 if any(one is specialization for one in several):  # it may have been dropped meanwhile
                     self._guard_with((entry, *self.guarded[: _GUARDED_LIMIT - 1]))
         return entry
+
+    def misses(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether it is known that there is no code for these arguments; if not, there may be none."""
+        return any(guard(args, kwargs) is not MISS for guard in self.missing)
+
+    def note_missing(self, missing: Specialization, arguments: Arguments, of_function: bool) -> None:
+        """Put a guard for such arguments, for which there is no code, in front of :attr:`missing`."""
+        guard = missing.guarded_call(arguments, of_function=of_function)
+        with _lock:
+            self.missing = (guard, *self.missing[: _GUARDED_LIMIT - 1])
 
     def make_room(self, limit: int) -> None:
         """Drop what was least recently used until one specialization more is within the limit.

@@ -34,8 +34,6 @@ class CannotCapture(Exception):
     """The implementation has no graph that is right for these arguments; the message says why."""
 
 
-
-
 # A Python number as a graph takes it: an input of its own, of one element, on the CPU.
 float_tensor = partial(torch.scalar_tensor, dtype=torch.float64)
 

@@ -10,13 +10,14 @@ from typing import Any
 
 ON_FAILURE = ("native", "raise")
 NO_EVICTION, LRU = "none", "lru"
+COMPILE, BACKGROUND, NATIVE, RAISE = ON_NEW = ("compile", "background", "native", "raise")
 
 
 @dataclass(frozen=True, init=False, eq=False)
 class CompileConfig:
     """How implementations are compiled; part of the key under which compiled code is cached.
 
-    ``background``, ``max_specializations`` and ``eviction`` change nothing about the code. Configurations that differ
+    ``on_new``, ``max_specializations`` and ``eviction`` change nothing about the code. Configurations that differ
     in these alone are equal, and share code in a cache.
 
     Args:
@@ -34,18 +35,25 @@ class CompileConfig:
             about once with the reason, counted, traced), or ``"raise"`` a :class:`CompileError`. It is not tried again,
             unless the failure may pass (an ``OSError`` as of a full disk, or a lack of memory): then calls go on like
             this for 5 seconds before one tries again, and for twice as long after each further failure.
-        background: whether calls that need new code run natively while a thread of its own compiles, in place of
-            waiting. It compiles for tensors of zeros; they take the memory of the call's arguments for so long. What
-            fails there is raised or warned of by the next call that needs it. Before a CUDA graph is captured, wait
-            with :meth:`NativeCache.wait`: compiling meanwhile, also on another thread, would break the capture.
+        on_new: what to do with a call that needs new code:
+
+            - ``"compile"`` it, or load it if it was saved, while the call waits;
+            - in the ``"background"``: such calls run natively while a thread of its own compiles, for tensors of zeros;
+              they take the memory of the call's arguments for so long. What fails there is raised or warned of by the
+              next call that needs it. Before a CUDA graph is captured, wait with :meth:`NativeCache.wait`: compiling
+              meanwhile, also on another thread, would break the capture;
+            - ``"native"``: run it so, as in a mode that is frozen from the start (:meth:`DispatchCompileMode.freeze`);
+            - ``"raise"`` a :class:`CompileError` that says what to warm up.
+
+            :meth:`DispatchCompileMode.warmup` compiles whatever this is.
         max_specializations: how many specializations there may be of one implementation, under one configuration, in
             one cache. A call that would need one more runs natively; the first such call warns of what keeps changing.
         eviction: ``"lru"`` to drop the least recently used specialization instead; ``"none"`` to keep them all. Calls
             leave no mark, so which one that is, is only roughly known.
 
     Raises:
-        ValueError: an unknown option, backend, ``on_failure`` or ``eviction``; options or ``bitwise`` for another
-            backend; a ``max_specializations`` below 1.
+        ValueError: an unknown option, backend, ``on_failure``, ``on_new`` or ``eviction``; options or ``bitwise`` for
+            another backend; a ``max_specializations`` below 1.
         TypeError: an argument of the wrong type.
     """
 
@@ -54,7 +62,7 @@ class CompileConfig:
     bitwise: bool
     providers: tuple[str, ...]
     on_failure: str
-    background: bool
+    on_new: str
     max_specializations: int
     eviction: str
     _identity: tuple[Any, ...] = field(init=False, repr=False)
@@ -67,15 +75,16 @@ class CompileConfig:
         bitwise: bool = False,
         providers: Iterable[str] = ("native",),
         on_failure: str = "native",
-        background: bool = False,
+        on_new: str = COMPILE,
         max_specializations: int = 256,
         eviction: str = NO_EVICTION,
     ) -> None:
         if on_failure not in ON_FAILURE:
             raise ValueError(f"CompileConfig: on_failure must be one of {ON_FAILURE}, not {on_failure!r}")
-        for name, value in (("bitwise", bitwise), ("background", background)):
-            if not isinstance(value, bool):
-                raise TypeError(f"CompileConfig: {name} must be True or False, not {value!r}")
+        if on_new not in ON_NEW:
+            raise ValueError(f"CompileConfig: on_new must be one of {ON_NEW}, not {on_new!r}")
+        if not isinstance(bitwise, bool):
+            raise TypeError(f"CompileConfig: bitwise must be True or False, not {bitwise!r}")
         if not isinstance(max_specializations, int) or isinstance(max_specializations, bool):
             raise TypeError(f"CompileConfig: max_specializations must be a number, not {max_specializations!r}")
         if max_specializations < 1:
@@ -90,7 +99,7 @@ class CompileConfig:
         set_field(self, "bitwise", bitwise)
         set_field(self, "providers", _checked_providers(providers))
         set_field(self, "on_failure", on_failure)
-        set_field(self, "background", background)
+        set_field(self, "on_new", on_new)
         set_field(self, "max_specializations", max_specializations)
         set_field(self, "eviction", eviction)
         set_field(self, "_identity", (backend, _frozen(self.options), bitwise, self.providers, on_failure))

@@ -21,10 +21,11 @@ from ._cache import Table
 from ._callee import full_name
 from ._capture import Captured, capture
 from ._compilation import CannotCompile, CannotCompileNow, Specialization, foresee
+from ._config import BACKGROUND, COMPILE, RAISE
 from ._difference import argument_components, in_names, state_components
 from ._fork import compiling
 from ._ir import Impl, Op, eager_provider
-from ._making import IN_BACKGROUND, Made, Maker, without_compiler
+from ._making import FROZEN, IN_BACKGROUND, Made, Maker, without_compiler
 from ._origin import Origin
 from ._route import IN_CUDA_GRAPH, Route, captures_cuda_graph, not_in_providers
 from ._specialize.arguments import Arguments, flatten
@@ -175,7 +176,7 @@ def explanation_of(
         )
     reason = "the mode's ops= leaves it out" if route is None else _why_not_caught(overload, route, args, kwargs)
     if route is not None and reason is None:
-        explaining = _ExplainingRoute(op, route.callee, route.config, route.cache)
+        explaining = _ExplainingRoute(op, route.callee, route.config, route.cache, route.freeze)
         explanation = _explained_where_caught(mode, explaining, overload, args, kwargs)
         if explanation is not None:
             return explanation
@@ -196,7 +197,7 @@ def explanation_of_function(
     if route is None:
         reason = "the mode's ops= leaves it out"
         return _passed(native, native.impl, native.name, args, kwargs, reason)
-    explaining = _ExplainingRoute(native, native.callee, route.config, route.cache)
+    explaining = _ExplainingRoute(native, native.callee, route.config, route.cache, route.freeze)
     with active.suspended():
         return explaining.explained(native, (*native.outside(), *args), kwargs)
 
@@ -275,7 +276,7 @@ class _ExplainingRoute(Route):
             if reason is not None:
                 return replace(passed, reason=reason)
             try:
-                if table.find(key_of(arguments), arguments) is None:
+                if table.find(key_of(arguments), arguments) is None and not self.makes_nothing:
                     self._learn_what_changes(table, arguments, learned)
                 return self._not_passed(passed, impl, table, arguments, why_new)
             except Relearn as again:
@@ -291,10 +292,12 @@ class _ExplainingRoute(Route):
         shared = None if known is None else known.why_aside(arguments)
         if shared is not None:
             return replace(passed, reason=shared)
+        if known is None and self.makes_nothing:
+            return replace(native, reason=FROZEN, raises=self.config.on_new == RAISE)
         if known is None and captures_cuda_graph(arguments):
             return replace(native, reason=IN_CUDA_GRAPH)
-        config = replace(self.config, background=False)
-        foreseer = _Foreseer(self.callee, config, self.counters, self.cache.artifacts)
+        config = replace(self.config, on_new=COMPILE)
+        foreseer = _Foreseer(self.callee, config, self.counters, self.cache.artifacts, self.freeze)
         failed = _background.failure(table, key)
         made = known or failed or foreseer.make(impl, table, key, arguments, None)
         if isinstance(made, str):
@@ -302,7 +305,7 @@ class _ExplainingRoute(Route):
         loaded = isinstance(made, Specialization) and isinstance(made.origin, Origin) and known is None
         new = known is None and not loaded
         has_failed = failed is not None or isinstance(made, CannotCompileNow)
-        if new and not has_failed and self.config.background:
+        if new and not has_failed and self.config.on_new == BACKGROUND:
             return replace(native, reason=IN_BACKGROUND)
         if isinstance(made, CannotCompile):
             return replace(native, reason=str(made), raises=self.config.on_failure == "raise")

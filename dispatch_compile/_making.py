@@ -19,9 +19,10 @@ from ._background import ThreadState
 from ._cache import Table
 from ._callee import Callee
 from ._compilation import CannotCompile, CannotCompileNow, Specialization, cannot_compile, specialize
-from ._config import NO_EVICTION, CompileConfig
+from ._config import BACKGROUND, NO_EVICTION, CompileConfig
 from ._counters import OpCounters
 from ._fork import compiler_was_interrupted, compiling, freed_in_children
+from ._freeze import Freeze
 from ._ir import Impl
 from ._origin import CannotSave, Origin, origin_of
 from ._specialize.arguments import Arguments, of_zeros
@@ -35,6 +36,7 @@ _log = logging.getLogger("dispatch_compile")
 # A specialization, or the error for which it cannot be made, or the reason why it is not made now.
 Made = Specialization | CannotCompile | str
 
+FROZEN = "frozen"
 IN_BACKGROUND = "is being compiled in the background"
 
 # Not the compiler's lock: to have that one, Dynamo would have to be imported.
@@ -49,6 +51,7 @@ class Maker:
     config: CompileConfig
     counters: OpCounters
     artifacts: Artifacts
+    freeze: Freeze
 
     def make(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None) -> Made:
         """What a call gets whose specialization is not in the table. It is there afterwards, if it could be made."""
@@ -62,7 +65,7 @@ class Maker:
         failed = _failed_lately(table)
         if failed is not None:
             return failed
-        if self.config.background:
+        if self.config.on_new == BACKGROUND:
             failure = _background.ask(table, key, lambda: _Job.of(self, impl, table, key, arguments))
             return failure or IN_BACKGROUND
         return self.make_now(impl, table, key, arguments, event)
@@ -76,6 +79,8 @@ class Maker:
                     return made
                 if self.is_full(table):
                     return self._full
+                if self.freeze.on:  # while this waited for another compilation
+                    return FROZEN
                 self._make_room(table)
                 return self._specialize(impl, table, key, arguments, event)
         except CannotCompile as error:
@@ -210,7 +215,7 @@ class _Job:
     def __call__(self) -> CannotCompile | str | None:
         """Why there is no specialization, for the next call that needs it; None if there is one or nobody needs it."""
         impl = self.impl()
-        if impl is None or self.table.dropped:
+        if impl is None or self.table.dropped or self.maker.freeze.on:
             return None
         try:
             made = self.state.run(lambda: self._make(impl))

@@ -14,17 +14,19 @@ from . import _hooks, _registry
 from ._active import EVERY_OP, SELECTIVE, active
 from ._cache import NativeCache
 from ._callee import Callee, full_name
-from ._config import CompileConfig
+from ._config import COMPILE, CompileConfig
 from ._environment import trace_asked_for
 from ._explain import Explanation, explanation_of, explanation_of_function
 from ._fork import freed_in_children
+from ._freeze import Freeze, Frozen
 from ._intercept import kernel_of
 from ._ir import Op
 from ._opaque import opaque_overloads
 from ._route import Route
 from ._specialize.arguments import Parameters, activations_with_tokens, flatten
-from ._torch_private import OpOverload, TorchDispatchMode, hide_from_dynamo
+from ._torch_private import OpOverload, OpOverloadPacket, TorchDispatchMode, hide_from_dynamo
 from ._trace import OpCall, Trace, TraceEvent
+from ._warmup import arguments_with_tokens
 
 if TYPE_CHECKING:
     from ._native import Native
@@ -88,6 +90,7 @@ class DispatchCompileMode(TorchDispatchMode):
         self.cache = cache if cache is not None else NativeCache()
         self.trace = trace if isinstance(trace, Trace) else Trace() if trace else trace_asked_for()
         self.interception = _interception_for(self.trace)
+        self._freeze = Freeze()
         # For the kernel, by the overload's name, and for natives by their number; None if it is not selected.
         self.routes: dict[Hashable, Route | None] = {}
         self._selects = _registry.selection(ops)
@@ -150,40 +153,101 @@ class DispatchCompileMode(TorchDispatchMode):
         self.trace.end(call, result)
         return result
 
-    def warmup(self, op: Any, *args: Any, tokens: Sequence[int] | None = None, **kwargs: Any) -> list[TraceEvent]:
-        """Compile ahead what calls of an op will need, by making them.
+    def freeze(self) -> Frozen:
+        """From now on make nothing: on no thread is anything captured, compiled or loaded for a call in this mode.
 
-        A call in a CUDA graph capture cannot compile, and a first call elsewhere takes the time that compiling takes;
-        after this neither happens. Do it in the grad or inference mode of the calls to come.
+        A call that needs new code runs natively. It is counted under the reason ``frozen``, and a warning says, once
+        for each op, what to add to the warm-up. With ``CompileConfig(on_new="raise")`` such calls raise as before.
+        Calls that have their code are served as before, at the same cost.
 
-        Args:
-            op: the IR op object, ``OpOverload``, ``OpOverloadPacket`` or ``"ns::name"``.
-            args, kwargs: arguments as the calls to come will have them; they are not changed.
-            tokens: the token counts to warm up for. The activations are replaced by zeros of so many tokens. One
-                count from 2 up serves all those from 2 up; 1 and 0 are compiled for on their own. None: the call as
-                it is given.
+        What is being compiled at this moment is finished, and used then. What waits in the background is not begun;
+        wait for it first with :meth:`NativeCache.wait`. What another mode on the same cache makes is there for this
+        one, too.
 
         Returns:
-            What became of each call; look at ``action`` and ``reason`` for those that do not run compiled.
+            A context that takes it back at its end: ``with mode.freeze(): ...``. Without ``with``, :meth:`thaw` does.
+        """
+        return Frozen(self._freeze)
+
+    def thaw(self) -> None:
+        """Undo :meth:`freeze`. Harmless when the mode is not frozen."""
+        self._freeze.on = False
+
+    def warmup(
+        self, op_or_fn: Any, /, *args: Any, tokens: Sequence[int] | None = None, **kwargs: Any
+    ) -> list[TraceEvent]:
+        """Compile ahead what calls to come will need, by making them.
+
+        A call in a CUDA graph capture, or in a frozen mode, cannot compile, and a first call elsewhere takes the time
+        that compiling takes; after this none of it happens. Do it in the grad or inference mode of the calls to come.
+        What they need is compiled now, whatever ``on_new`` is.
+
+        Args:
+            op_or_fn: the IR op object, ``OpOverload``, ``OpOverloadPacket`` or ``"ns::name"``. Or a function, a layer,
+                a custom op: it is run, and what it calls of the mode's IR ops is compiled.
+            args, kwargs: arguments as the calls to come will have them. They are not changed, unless a function
+                changes them.
+            tokens: the token counts to warm up for. Tensors are replaced by zeros of so many tokens: an op's
+                activations, and a function's arguments with as many rows as there are tokens now. That is dimension 0
+                of the first tensor for a parameter whose name starts with ``x``, or if there is none, of the first
+                tensor. Lists, tuples and dicts are looked into. An ``nn.Parameter`` is never replaced; for another
+                tensor to stay, give it another number of rows. One count from 2 up serves all those from 2 up; 1 and
+                0 are compiled for on their own. None: the call as it is given.
+
+        Returns:
+            What became of each call of an IR op; look at ``action`` and ``reason`` for those that do not run compiled.
 
         Raises:
+            RuntimeError: the mode is frozen.
             ValueError: the mode does not catch the op; ``tokens`` is given, and there are no activations, or they
-                do not all have as many tokens.
+                do not all have as many tokens; no argument of a function has a dimension 0.
+            TypeError: neither an op nor something that can be called.
         """
-        overload = _registry.overload_of(op, "warmup")
-        self._sync()
-        route = self.routes.get(overload.name())
-        if route is None:
-            raise ValueError(f"warmup: the mode does not catch {overload}; look at its ops= or register the op first")
-        arguments = flatten(route.callee.parameters, args, kwargs)
-        calls = [(args, kwargs)] if tokens is None else [activations_with_tokens(arguments, n) for n in tokens]
-        config = replace(self.config, background=False)  # the same code, but waited for
-        watcher = DispatchCompileMode(ops=[overload], config=config, cache=self.cache, trace=True)
+        if self._freeze.on:
+            raise RuntimeError("warmup: the mode is frozen, so that nothing is compiled; thaw() it first")
+        config = replace(self.config, on_new=COMPILE)  # the same code, but waited for
+        overload = self._caught_overload(op_or_fn)
+        if overload is None:
+            fn = op_or_fn
+            watcher = DispatchCompileMode(config=config, cache=self.cache, trace=True)
+            watcher._selects = self._selects
+        else:
+            fn = overload
+            watcher = DispatchCompileMode(ops=[overload], config=config, cache=self.cache, trace=True)
+        calls: list[Any] = [(args, kwargs)]
+        if tokens is not None and overload is None:
+            calls = [arguments_with_tokens(fn, args, kwargs, count) for count in _two_counts(tokens)]
+        elif tokens is not None:
+            route = self.routes[overload.name()]
+            assert route is not None, "only natives have none"
+            arguments = flatten(route.callee.parameters, args, kwargs)
+            calls = [activations_with_tokens(arguments, count) for count in tokens]
         assert watcher.trace is not None
         with watcher:
             for call_args, call_kwargs in calls:
-                overload(*call_args, **call_kwargs)
+                fn(*call_args, **call_kwargs)
         return watcher.trace.events
+
+    def _caught_overload(self, op_or_fn: Any) -> OpOverload | None:
+        """The overload of the IR op that is to be warmed up; None for a function.
+
+        Raises:
+            ValueError: the mode does not catch the op.
+            TypeError: neither one nor the other.
+        """
+        names_op = isinstance(op_or_fn, (str, OpOverload, OpOverloadPacket)) or hasattr(op_or_fn, "torch_op")
+        if not names_op:
+            if not callable(op_or_fn):
+                raise TypeError(
+                    f"warmup: op must be an OpOverload (torch.ops.ns.name.default), 'ns::name' or a function, "
+                    f"not {op_or_fn!r}"
+                )
+            return None
+        overload = _registry.overload_of(op_or_fn, "warmup")
+        self._sync()
+        if overload.name() in self.routes:
+            return overload
+        raise ValueError(f"warmup: the mode does not catch {overload}; look at its ops= or register the op first")
 
     def explain(self, op: Any, /, *args: Any, **kwargs: Any) -> Explanation:
         """What the mode would do with a call if it were made now on this thread, and why.
@@ -237,7 +301,8 @@ class DispatchCompileMode(TorchDispatchMode):
         if native.number not in self.routes:
             with self._sync_lock:
                 selected = self._selects(native, None)
-                self.routes[native.number] = Route(native, native.callee, self.config, self.cache) if selected else None
+                made = Route(native, native.callee, self.config, self.cache, self._freeze) if selected else None
+                self.routes[native.number] = made
         return self.routes[native.number]
 
     def _route(self, op: Op, overload: OpOverload) -> Route:
@@ -245,9 +310,8 @@ class DispatchCompileMode(TorchDispatchMode):
         if known is not None and known.op() is op:
             return known
         automatic = getattr(op, "automatic", True)
-        return Route(
-            op, Callee.of(overload, Parameters.of(overload, op.activations, automatic)), self.config, self.cache
-        )
+        callee = Callee.of(overload, Parameters.of(overload, op.activations, automatic))
+        return Route(op, callee, self.config, self.cache, self._freeze)
 
 
 hide_from_dynamo(DispatchCompileMode.__torch_dispatch__)
@@ -255,6 +319,12 @@ hide_from_dynamo(DispatchCompileMode.__torch_dispatch__)
 
 def _interception_for(trace: Trace | None) -> str:
     return EVERY_OP if trace is not None and trace.all_ops else SELECTIVE
+
+
+def _two_counts(tokens: Sequence[int]) -> list[int]:
+    """The token counts, and one more if only one of them is above 1: with two, sizes become dynamic by themselves."""
+    several = {count for count in tokens if count > 1}
+    return [*tokens, *(2 * count for count in several if len(several) == 1)]
 
 
 def _ops_changed() -> None:

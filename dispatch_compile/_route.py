@@ -17,11 +17,13 @@ from ._cache import Guarded, NativeCache, Table
 from ._callee import Callee
 from ._capture import first_line
 from ._compilation import CannotCompile, CannotCompileNow, Specialization, WrongReference
-from ._config import CompileConfig
+from ._config import NATIVE as RUN_NATIVELY
+from ._config import RAISE, CompileConfig
 from ._difference import components_of
 from ._errors import CompileError, warn
+from ._freeze import Freeze
 from ._ir import Impl, Op, eager_provider
-from ._making import Maker
+from ._making import FROZEN, Maker
 from ._postponed import Postponed, free_memory_of
 from ._profiler import in_profiler_range
 from ._specialize.arguments import Arguments, Learned, flatten
@@ -30,6 +32,7 @@ from ._specialize.change import newly_dynamic, pattern_of, why_dynamic
 from ._specialize.guards import MISS, GuardedCall
 from ._specialize.key import key_of
 from ._stand_ins import Relearn
+from ._summary import summary_of, text_of
 from ._torch_private import profiler
 from ._trace import COMPILED, EAGER, PASSED, TraceEvent
 
@@ -48,13 +51,14 @@ class Route:
             The kernel takes its short cut by it.
     """
 
-    def __init__(self, op: Op, callee: Callee, config: CompileConfig, cache: NativeCache) -> None:
+    def __init__(self, op: Op, callee: Callee, config: CompileConfig, cache: NativeCache, freeze: Freeze) -> None:
         self.op = weakref.ref(op)
         self.callee = callee
         self.config = config
         self.cache = cache
+        self.freeze = freeze
         self.counters = cache.counters_of(callee.full_name)
-        self._maker = Maker(callee, config, self.counters, cache.artifacts)
+        self._maker = Maker(callee, config, self.counters, cache.artifacts, freeze)
         self.last: tuple[Callable[[], Any], Table | None] = (_no_impl, None)
 
     def run(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: TraceEvent | None) -> Any:
@@ -79,6 +83,8 @@ class Route:
                 return self._run_after_error(call, entry.specialization.writes, error)
             if result is not MISS:
                 return self._finish(call, entry.specialization, result)
+        if self.makes_nothing and self.config.on_new != RAISE and table.misses(args, kwargs):
+            return self._run_eagerly(call, FROZEN)
         return self._run_unseen(call, op, impl)
 
     def _run_unseen(self, call: _Call, op: Op, impl: Impl) -> Any:
@@ -102,6 +108,8 @@ class Route:
         key = key_of(arguments)
         found = table.find(key, arguments)
         if found is None:
+            if self.makes_nothing:
+                return self._run_frozen(call, impl, table, arguments)
             self._learn_what_changes(table, arguments, table.learned)
             if captures_cuda_graph(arguments):
                 return self._run_eagerly(call, IN_CUDA_GRAPH)
@@ -134,6 +142,32 @@ class Route:
         names = newly_dynamic(arguments, table.patterns(), sizes=automatic, floats=not self.config.bitwise)
         if names - learned.dynamic:
             raise Relearn(Learned(dynamic=names), why_dynamic(arguments, names))
+
+    @property
+    def makes_nothing(self) -> bool:
+        """Whether calls that need new code do without it."""
+        return self.freeze.on or self.config.on_new in (RUN_NATIVELY, RAISE)
+
+    def _run_frozen(self, call: _Call, impl: Impl, table: Table, arguments: Arguments) -> Any:
+        """A call that needs new code where none is made."""
+        if self.config.on_new == RAISE:
+            self._note_fallback(call, FROZEN)
+            raise CompileError(self._what_to_warm_up(call, impl, table, arguments))
+        missing = Specialization(None, components_of(arguments), pattern_of(arguments))
+        table.note_missing(missing, arguments, self.callee.is_function)
+        if FROZEN not in table.warned_of:
+            _warn_once(table, FROZEN, f"{self._what_to_warm_up(call, impl, table, arguments)}. It runs eagerly")
+        return self._run_eagerly(call, FROZEN)
+
+    def _what_to_warm_up(self, call: _Call, impl: Impl, table: Table, arguments: Arguments) -> str:
+        difference = table.difference(Specialization(None, components_of(arguments), pattern_of(arguments)))
+        given = [text_of(summary_of(value)) for value in call.args[self.callee.parameters.hidden :]]
+        given += [f"{name}={text_of(summary_of(value))}" for name, value in call.kwargs.items()]
+        return (
+            f"there is no code of the {impl.provider!r} implementation of {self.callee.name} for this call"
+            f"{f' ({difference})' if difference else ''}, and the mode is to make none. Add to the warm-up: "
+            f"mode.warmup({self.callee.name!r}, {', '.join(given)})"
+        )
 
     @property
     def _range_name(self) -> str:

@@ -154,7 +154,7 @@ def while_locks_are_held() -> Any:
         mode.trace.clear()
         call(mode, twice_op)
         dc.register_op(copied)
-        other = mode_with("eager", background=True)
+        other = mode_with("eager", on_new="background")
         call(other, thrice_op)
         assert other.cache.wait(60)
         call(other, thrice_op)
@@ -172,7 +172,7 @@ def copied(x: Tensor) -> Tensor:
 def in_the_background() -> Any:
     """The parent has a thread that compiles in the background, with work to do; the child has its own."""
     release = threading.Event()
-    mode = mode_with("eager", background=True)
+    mode = mode_with("eager", on_new="background")
     call(mode, twice_op)
     assert mode.cache.wait(60)
     _background.ask(mode, "kept busy", lambda: release.wait)

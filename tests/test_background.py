@@ -22,7 +22,7 @@ def backend():
 
 
 def background(backend, **options) -> dc.DispatchCompileMode:
-    config = dc.CompileConfig(backend=backend, background=True, **options)
+    config = dc.CompileConfig(backend=backend, on_new="background", **options)
     return dc.DispatchCompileMode(config=config, trace=True)
 
 
@@ -142,7 +142,7 @@ def slow(graph, inputs):
     print("compiling", flush=True)
     time.sleep(600)
 
-mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend=slow, background=True))
+mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend=slow, on_new="background"))
 with mode:
     for tokens in (1, 4):
         print(dc.ops.silu_and_mul(torch.ones(tokens, 4)).shape, flush=True)

@@ -148,7 +148,7 @@ def test_code_goes_on_when_equal_code_is_dropped(define_ir_op):
         ({"max_specializations": 0}, ValueError, "max_specializations must be 1 or more, not 0"),
         ({"max_specializations": True}, TypeError, "max_specializations must be a number, not True"),
         ({"eviction": "fifo"}, ValueError, "eviction must be one of"),
-        ({"background": 1}, TypeError, "background must be True or False, not 1"),
+        ({"on_new": "later"}, ValueError, "on_new must be one of .*'background'.*, not 'later'"),
     ],
 )
 def test_options_that_make_no_sense(options, error, text):
@@ -158,7 +158,7 @@ def test_options_that_make_no_sense(options, error, text):
 
 def test_options_that_change_no_code_share_it(counted):
     cache, x = dc.NativeCache(), torch.randn(4, 3)
-    for options in ({}, {"max_specializations": 7}, {"eviction": "lru"}, {"background": True}):
+    for options in ({}, {"max_specializations": 7}, {"eviction": "lru"}, {"on_new": "background"}):
         with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", **options), cache=cache):
             counted(x)
     assert cache.stats().compiles == 1

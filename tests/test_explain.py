@@ -412,7 +412,7 @@ def test_what_failed_in_the_background(define_ir_op):
         return x.roll(int(x.sum()))
 
     op, x = define_ir_op(rolled), torch.ones(4, 3)
-    config = dc.CompileConfig(backend="eager", background=True, on_failure="raise")
+    config = dc.CompileConfig(backend="eager", on_new="background", on_failure="raise")
     mode = dc.DispatchCompileMode(config=config)
     with mode:
         op(x)
@@ -426,7 +426,7 @@ def test_what_failed_in_the_background(define_ir_op):
 
 
 def test_compiled_in_the_background(counted):
-    mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", background=True), trace=True)
+    mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", on_new="background"), trace=True)
     explanation = mode.explain(counted.op, x_of(4))
     assert mode.cache.wait(timeout=60)
     assert mode.explain(counted.op, x_of(4)) == explanation, "nothing was compiled meanwhile"

@@ -139,7 +139,7 @@ def test_a_cleared_cache_tries_again_at_once(writes, counted):
 
 
 def test_what_may_pass_is_tried_again_in_the_background(writes, counted):
-    config = dc.CompileConfig(backend=writes, on_failure="native", background=True)
+    config = dc.CompileConfig(backend=writes, on_failure="native", on_new="background")
     mode, x = dc.DispatchCompileMode(config=config), torch.randn(4, 3)
 
     def call() -> None:

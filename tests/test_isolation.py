@@ -523,7 +523,7 @@ def test_in_the_background_for_one_engine_only(counted):
     """The other compiles at once, of the same cache, under a configuration of its own."""
     cache = dc.NativeCache()
     background = dc.DispatchCompileMode(
-        config=dc.CompileConfig(backend=FIRST.backend, background=True), cache=cache, trace=True
+        config=dc.CompileConfig(backend=FIRST.backend, on_new="background"), cache=cache, trace=True
     )
     second = dc.DispatchCompileMode(config=SECOND, cache=cache)
     assert_same(run_of(background, counted, X), X * 2 + 1)

@@ -143,7 +143,7 @@ def test_code_is_loaded_where_it_would_be_compiled_in_the_background(folder):
         op(x)
     mode.cache.save(folder / "file")
     cache = dc.NativeCache.load(folder / "file")
-    with dc.DispatchCompileMode(config=dc.CompileConfig(background=True), cache=cache):
+    with dc.DispatchCompileMode(config=dc.CompileConfig(on_new="background"), cache=cache):
         op(x)
     assert cache.stats() == dc.CacheStats(compiles=0, hits=1, fallbacks=0, asides=0, loads=1)
     cache.clear()

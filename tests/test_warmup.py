@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from support import EAGER, specializations
@@ -125,3 +127,112 @@ def test_activations_with_different_token_counts(mode, define_ir_op):
     op = define_ir_op(rows)
     with pytest.raises(ValueError, match=r"\{'x': 4, 'x_few': 2\}"):
         mode.warmup(op, torch.randn(4, 3), torch.randn(2, 3), tokens=[8])
+
+
+# ---- Functions
+
+
+@pytest.fixture
+def negated(define_ir_op):
+    def negated(x: Tensor, shift: float = 0.0) -> Tensor:
+        return shift - x
+
+    return define_ir_op(negated)
+
+
+def test_a_function_compiles_all_that_it_calls(mode, counted, negated, define_opaque):
+    def body(x: Tensor) -> Tensor:
+        return negated(counted(x), 2.0)
+
+    opaque = define_opaque(body)
+
+    def step(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+        return opaque(x) + table[positions]
+
+    table = torch.randn(100, 3)
+    made = mode.warmup(step, torch.randn(8, 3), torch.arange(8), table, tokens=[1, 8])
+    assert [(event.op, event.action) for event in made] == 2 * [
+        (f"dispatch_compile::{counted.op.name}.default", "compiled"),
+        (f"dispatch_compile::{negated.name}.default", "compiled"),
+    ]
+    with mode.freeze(), mode:
+        for n in (1, 2, 64):
+            step(torch.randn(n, 3), torch.arange(n), table)
+    assert (mode.cache.stats().compiles, mode.cache.stats().fallbacks) == (4, 0)
+    assert not [event for event in mode.trace.events if event.action != "compiled"]
+
+
+@pytest.mark.parametrize(
+    ("fn", "args", "kwargs", "sizes"),
+    [
+        (lambda w, x: (w, x), (torch.ones(4, 3), torch.ones(5, 3)), {}, (4, 2)),
+        (lambda w, y: (w, y), (torch.ones(4, 3), torch.ones(5, 3)), {}, (2, 5)),
+        (lambda w, *, x: (w, x), (torch.ones(4, 3),), {"x": torch.ones(5, 3)}, (4, 2)),
+        (lambda a, b, c: (a, *b, c["d"]), (1.0, [torch.ones(4)] * 2, {"d": torch.ones(4)}), {}, (2, 2, 2)),
+        (lambda x, w, y: (x, w, y), (torch.ones(4), nn.Parameter(torch.ones(4)), torch.ones(4)), {}, (2, 4, 2)),
+        (lambda x, n: (x, n), (torch.tensor(1.0), torch.ones(4)), {}, (None, 2)),
+    ],
+)
+def test_the_tensors_with_as_many_rows_are_replaced(fn, args, kwargs, sizes, mode):
+    seen: list[Tensor] = []
+
+    @functools.wraps(fn)
+    def recording(*args, **kwargs):
+        seen.extend(tensor for tensor in fn(*args, **kwargs) if isinstance(tensor, Tensor))
+
+    mode.warmup(recording, *args, tokens=[2], **kwargs)
+    assert tuple(tensor.size(0) if tensor.dim() else None for tensor in seen) == sizes
+
+
+def test_a_function_without_a_signature(mode):
+    seen: dict[str, Tensor] = {}
+    mode.warmup(seen.update, {"a": torch.ones(4), "b": torch.ones(5)}, c=torch.ones(4), tokens=[2])
+    assert {name: len(tensor) for name, tensor in seen.items()} == {"a": 2, "b": 5, "c": 2}
+
+
+def test_layers_and_custom_ops_are_functions_too(mode, counted):
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return counted(self.linear(hidden))
+
+    @torch.library.custom_op("dispatch_compile_test::warmed", mutates_args=())
+    def warmed(hidden: Tensor) -> Tensor:
+        return counted(hidden.double())
+
+    for fn in (Layer(), warmed):
+        with torch.no_grad():
+            made = mode.warmup(fn, torch.randn(4, 3), tokens=[4, 1])
+        assert [event.action for event in made] == ["compiled", "compiled"]
+    assert mode.cache.stats().compiles == 4
+
+
+def test_only_the_modes_own_ops(counted, negated):
+    mode = dc.DispatchCompileMode(ops=[negated], config=EAGER)
+    [event] = mode.warmup(lambda x: counted(negated(x)), torch.randn(4, 3))
+    assert event.op == f"dispatch_compile::{negated.name}.default"
+
+
+@pytest.mark.parametrize("on_new", ["compile", "background", "native", "raise"])
+def test_compiles_whatever_is_done_with_new_calls(on_new, counted):
+    mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", on_new=on_new), trace=True)
+    for warmed in (counted.op, lambda x: counted(x.double())):
+        [event] = mode.warmup(warmed, torch.randn(4, 3))
+        assert event.action == "compiled"
+    with mode:
+        counted(torch.randn(7, 3))
+    assert [event.action for event in mode.trace.events] == ["compiled"]
+
+
+def test_functions_that_make_no_sense(mode, counted):
+    with pytest.raises(ValueError, match="tokens must be 0 or more, not -1"):
+        mode.warmup(lambda x: counted(x), torch.randn(4, 3), tokens=[-1])
+    with pytest.raises(ValueError, match="none of the arguments is a tensor with a dimension 0"):
+        mode.warmup(lambda x: counted(x), torch.tensor(1.0), tokens=[4])
+    with pytest.raises(TypeError, match=r"warmup: op must be an OpOverload .* or a function, not 3"):
+        mode.warmup(3, torch.tensor(1.0))
+    with pytest.raises(ZeroDivisionError):
+        mode.warmup(lambda x: 1 / 0, torch.randn(4, 3))

@@ -68,7 +68,7 @@ class Engines:
     def __init__(self, device: str, backend: str) -> None:
         self.device, self.backend = device, backend
         self.plain = _mode(backend)
-        self.background = _mode(backend, background=True)
+        self.background = _mode(backend, on_new="background")
         self.bounded = _mode("eager", max_specializations=2, eviction="lru")
         self.lenient = _mode("eager")
         self.strict = _mode("eager", on_failure="raise")
