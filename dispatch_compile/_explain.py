@@ -176,7 +176,7 @@ def explanation_of(
         )
     reason = "the mode's ops= leaves it out" if route is None else _why_not_caught(overload, route, args, kwargs)
     if route is not None and reason is None:
-        explaining = _ExplainingRoute(op, route.callee, route.config, route.cache, route.freeze)
+        explaining = _ExplainingRoute(op, route.callee, route.config, route.cache, route.orders)
         explanation = _explained_where_caught(mode, explaining, overload, args, kwargs)
         if explanation is not None:
             return explanation
@@ -197,7 +197,7 @@ def explanation_of_function(
     if route is None:
         reason = "the mode's ops= leaves it out"
         return _passed(native, native.impl, native.name, args, kwargs, reason)
-    explaining = _ExplainingRoute(native, native.callee, route.config, route.cache, route.freeze)
+    explaining = _ExplainingRoute(native, native.callee, route.config, route.cache, route.orders)
     with active.suspended():
         return explaining.explained(native, (*native.outside(), *args), kwargs)
 
@@ -297,7 +297,7 @@ class _ExplainingRoute(Route):
         if known is None and captures_cuda_graph(arguments):
             return replace(native, reason=IN_CUDA_GRAPH)
         config = replace(self.config, on_new=COMPILE)
-        foreseer = _Foreseer(self.callee, config, self.counters, self.cache.artifacts, self.freeze)
+        foreseer = _Foreseer(self.callee, config, self.counters, self.cache.artifacts, self.orders)
         failed = _background.failure(table, key)
         made = known or failed or foreseer.make(impl, table, key, arguments, None)
         if isinstance(made, str):

@@ -22,8 +22,8 @@ from ._compilation import CannotCompile, CannotCompileNow, Specialization, canno
 from ._config import BACKGROUND, NO_EVICTION, CompileConfig
 from ._counters import OpCounters
 from ._fork import compiler_was_interrupted, compiling, freed_in_children
-from ._freeze import Freeze
 from ._ir import Impl
+from ._orders import Orders
 from ._origin import CannotSave, Origin, origin_of
 from ._specialize.arguments import Arguments, of_zeros
 from ._specialize.key import key_of
@@ -51,7 +51,7 @@ class Maker:
     config: CompileConfig
     counters: OpCounters
     artifacts: Artifacts
-    freeze: Freeze
+    orders: Orders
 
     def make(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None) -> Made:
         """What a call gets whose specialization is not in the table. It is there afterwards, if it could be made."""
@@ -79,7 +79,7 @@ class Maker:
                     return made
                 if self.is_full(table):
                     return self._full
-                if self.freeze.on:  # while this waited for another compilation
+                if self.orders.frozen:  # while this waited for another compilation
                     return FROZEN
                 self._make_room(table)
                 return self._specialize(impl, table, key, arguments, event)
@@ -215,7 +215,7 @@ class _Job:
     def __call__(self) -> CannotCompile | str | None:
         """Why there is no specialization, for the next call that needs it; None if there is one or nobody needs it."""
         impl = self.impl()
-        if impl is None or self.table.dropped or self.maker.freeze.on:
+        if impl is None or self.table.dropped or self.maker.orders.frozen:
             return None
         try:
             made = self.state.run(lambda: self._make(impl))

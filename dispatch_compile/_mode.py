@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -18,10 +18,10 @@ from ._config import COMPILE, CompileConfig
 from ._environment import trace_asked_for
 from ._explain import Explanation, explanation_of, explanation_of_function
 from ._fork import freed_in_children
-from ._freeze import Freeze, Frozen
 from ._intercept import kernel_of
 from ._ir import Op
 from ._opaque import opaque_overloads
+from ._orders import Frozen, Orders
 from ._route import Route
 from ._specialize.arguments import Parameters, activations_with_tokens, flatten
 from ._torch_private import OpOverload, OpOverloadPacket, TorchDispatchMode, hide_from_dynamo
@@ -90,7 +90,7 @@ class DispatchCompileMode(TorchDispatchMode):
         self.cache = cache if cache is not None else NativeCache()
         self.trace = trace if isinstance(trace, Trace) else Trace() if trace else trace_asked_for()
         self.interception = _interception_for(self.trace)
-        self._freeze = Freeze()
+        self._orders = Orders()
         # For the kernel, by the overload's name, and for natives by their number; None if it is not selected.
         self.routes: dict[Hashable, Route | None] = {}
         self._selects = _registry.selection(ops)
@@ -167,11 +167,11 @@ class DispatchCompileMode(TorchDispatchMode):
         Returns:
             A context that takes it back at its end: ``with mode.freeze(): ...``. Without ``with``, :meth:`thaw` does.
         """
-        return Frozen(self._freeze)
+        return Frozen(self._orders)
 
     def thaw(self) -> None:
         """Undo :meth:`freeze`. Harmless when the mode is not frozen."""
-        self._freeze.on = False
+        self._orders.frozen = False
 
     def warmup(
         self, op_or_fn: Any, /, *args: Any, tokens: Sequence[int] | None = None, **kwargs: Any
@@ -203,7 +203,7 @@ class DispatchCompileMode(TorchDispatchMode):
                 do not all have as many tokens; no argument of a function has a dimension 0.
             TypeError: neither an op nor something that can be called.
         """
-        if self._freeze.on:
+        if self._orders.frozen:
             raise RuntimeError("warmup: the mode is frozen, so that nothing is compiled; thaw() it first")
         config = replace(self.config, on_new=COMPILE)  # the same code, but waited for
         overload = self._caught_overload(op_or_fn)
@@ -214,19 +214,31 @@ class DispatchCompileMode(TorchDispatchMode):
         else:
             fn = overload
             watcher = DispatchCompileMode(ops=[overload], config=config, cache=self.cache, trace=True)
-        calls: list[Any] = [(args, kwargs)]
-        if tokens is not None and overload is None:
-            calls = [arguments_with_tokens(fn, args, kwargs, count) for count in _two_counts(tokens)]
-        elif tokens is not None:
-            route = self.routes[overload.name()]
-            assert route is not None, "only natives have none"
-            arguments = flatten(route.callee.parameters, args, kwargs)
-            calls = [activations_with_tokens(arguments, count) for count in tokens]
         assert watcher.trace is not None
         with watcher:
-            for call_args, call_kwargs in calls:
+            for count in [None] if tokens is None else tokens:
+                call_args, call_kwargs = self._with_tokens(fn, overload, args, kwargs, count)
+                watcher._orders.tokens = count
                 fn(*call_args, **call_kwargs)
         return watcher.trace.events
+
+    def _with_tokens(
+        self,
+        fn: Callable[..., Any],
+        overload: OpOverload | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tokens: int | None,
+    ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """The arguments of a call to warm up for so many tokens, or as it is given."""
+        if tokens is None:
+            return args, kwargs
+        if overload is None:
+            return arguments_with_tokens(fn, args, kwargs, tokens)
+        route = self.routes[overload.name()]
+        assert route is not None, "only natives have none"
+        parameters = route.callee.parameters
+        return activations_with_tokens(parameters, flatten(parameters, args, kwargs), tokens)
 
     def _caught_overload(self, op_or_fn: Any) -> OpOverload | None:
         """The overload of the IR op that is to be warmed up; None for a function.
@@ -301,7 +313,7 @@ class DispatchCompileMode(TorchDispatchMode):
         if native.number not in self.routes:
             with self._sync_lock:
                 selected = self._selects(native, None)
-                made = Route(native, native.callee, self.config, self.cache, self._freeze) if selected else None
+                made = Route(native, native.callee, self.config, self.cache, self._orders) if selected else None
                 self.routes[native.number] = made
         return self.routes[native.number]
 
@@ -311,7 +323,7 @@ class DispatchCompileMode(TorchDispatchMode):
             return known
         automatic = getattr(op, "automatic", True)
         callee = Callee.of(overload, Parameters.of(overload, op.activations, automatic))
-        return Route(op, callee, self.config, self.cache, self._freeze)
+        return Route(op, callee, self.config, self.cache, self._orders)
 
 
 hide_from_dynamo(DispatchCompileMode.__torch_dispatch__)
@@ -319,12 +331,6 @@ hide_from_dynamo(DispatchCompileMode.__torch_dispatch__)
 
 def _interception_for(trace: Trace | None) -> str:
     return EVERY_OP if trace is not None and trace.all_ops else SELECTIVE
-
-
-def _two_counts(tokens: Sequence[int]) -> list[int]:
-    """The token counts, and one more if only one of them is above 1: with two, sizes become dynamic by themselves."""
-    several = {count for count in tokens if count > 1}
-    return [*tokens, *(2 * count for count in several if len(several) == 1)]
 
 
 def _ops_changed() -> None:

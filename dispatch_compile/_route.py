@@ -21,9 +21,9 @@ from ._config import NATIVE as RUN_NATIVELY
 from ._config import RAISE, CompileConfig
 from ._difference import components_of
 from ._errors import CompileError, warn
-from ._freeze import Freeze
 from ._ir import Impl, Op, eager_provider
 from ._making import FROZEN, Maker
+from ._orders import Orders
 from ._postponed import Postponed, free_memory_of
 from ._profiler import in_profiler_range
 from ._specialize.arguments import Arguments, Learned, flatten
@@ -51,14 +51,14 @@ class Route:
             The kernel takes its short cut by it.
     """
 
-    def __init__(self, op: Op, callee: Callee, config: CompileConfig, cache: NativeCache, freeze: Freeze) -> None:
+    def __init__(self, op: Op, callee: Callee, config: CompileConfig, cache: NativeCache, orders: Orders) -> None:
         self.op = weakref.ref(op)
         self.callee = callee
         self.config = config
         self.cache = cache
-        self.freeze = freeze
+        self.orders = orders
         self.counters = cache.counters_of(callee.full_name)
-        self._maker = Maker(callee, config, self.counters, cache.artifacts, freeze)
+        self._maker = Maker(callee, config, self.counters, cache.artifacts, orders)
         self.last: tuple[Callable[[], Any], Table | None] = (_no_impl, None)
 
     def run(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: TraceEvent | None) -> Any:
@@ -140,13 +140,15 @@ class Route:
         """
         automatic = self.callee.parameters.automatic
         names = newly_dynamic(arguments, table.patterns(), sizes=automatic, floats=not self.config.bitwise)
+        if automatic and self.orders.tokens is not None:
+            names |= {leaf.name for leaf in arguments.tensors if leaf.may_be_dynamic(self.orders.tokens)}
         if names - learned.dynamic:
             raise Relearn(Learned(dynamic=names), why_dynamic(arguments, names))
 
     @property
     def makes_nothing(self) -> bool:
         """Whether calls that need new code do without it."""
-        return self.freeze.on or self.config.on_new in (RUN_NATIVELY, RAISE)
+        return self.orders.frozen or self.config.on_new in (RUN_NATIVELY, RAISE)
 
     def _run_frozen(self, call: _Call, impl: Impl, table: Table, arguments: Arguments) -> Any:
         """A call that needs new code where none is made."""

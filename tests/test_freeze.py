@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dispatch_compile as dc
 
-FROZEN, COMPILED = ("native", "frozen"), ("compiled", None)
+FROZEN, COMPILED = ("eager", "frozen"), ("compiled", None)
 
 
 def told(mode: dc.DispatchCompileMode) -> list[tuple[str, str | None]]:
@@ -110,10 +110,10 @@ def test_counted_and_warned_of_once_for_each_op(counted):
     name = counted.op.torch_op.name()
     assert [str(one.message) for one in caught] == [
         f"there is no code of the 'native' implementation of {name} for this call (x's shape is [1, 3], was [s0, 3]), "
-        f"and the mode is to make none. Add to the warm-up: mode.warmup('{name}', t: f32[1, 3]). It runs natively",
+        f"and the mode is to make none. Add to the warm-up: mode.warmup('{name}', t: f32[1, 3]). It runs eagerly",
         "there is no code of the 'native' implementation of dispatch_compile::silu_and_mul for this call, and the mode "
         "is to make none. Add to the warm-up: mode.warmup('dispatch_compile::silu_and_mul', t: f32[2, 4]). "
-        "It runs natively",
+        "It runs eagerly",
     ]
     assert mode.cache._counters[f"{name}.default"].reasons == {"frozen": 3}
 
@@ -179,7 +179,7 @@ def test_explained(counted):
     mode = warmed(counted)
     mode.freeze()
     explanation = mode.explain(counted.op, torch.ones(1, 3))
-    assert (explanation.action, explanation.reason, explanation.raises) == ("native", "frozen", False)
+    assert (explanation.action, explanation.reason, explanation.raises) == ("eager", "frozen", False)
     assert mode.explain(counted.op, torch.ones(7, 3)).action == "compiled"
 
 
@@ -242,7 +242,7 @@ def test_frozen_while_the_background_compiles(counted):
             counted(torch.ones(1, 3))
     finally:
         backend.gate.set()
-    waiting = ("native", "is being compiled in the background")
+    waiting = ("eager", "is being compiled in the background")
     assert told(mode) == [waiting, waiting, FROZEN, COMPILED, FROZEN, waiting, COMPILED]
     assert len(backend.threads) == 2
 

@@ -175,6 +175,10 @@ class Leaf:
     def is_tensor(self) -> bool:
         return isinstance(self.value, torch.Tensor)
 
+    def may_be_dynamic(self, tokens: int) -> bool:
+        """Whether it is a tensor with so many tokens, and could serve others."""
+        return self.is_tensor and self.value.dim() > 0 and self.value.size(0) == tokens >= 2
+
     @property
     def is_dynamic_number(self) -> bool:
         return self.dynamic and not self.is_tensor
@@ -437,19 +441,32 @@ def with_tokens(leaf: Leaf, tokens: int, device: torch.device | None = None) -> 
     return fresh.requires_grad_(value.requires_grad)
 
 
-def activations_with_tokens(arguments: Arguments, tokens: int) -> tuple[list[Any], dict[str, Any]]:
+def activations_with_tokens(
+    parameters: Parameters, arguments: Arguments, tokens: int
+) -> tuple[list[Any], dict[str, Any]]:
     """``args`` and ``kwargs`` with activations of zeros that have another number of tokens, and else the same.
+
+    Where activations are not declared, every tensor counts as one that has as many tokens as those whose names start
+    with ``x``, or as the first tensor.
 
     Raises:
         ValueError: a negative number; no activation that has tokens, or several that have not as many.
     """
     if tokens < 0:
         raise ValueError(f"tokens must be 0 or more, not {tokens}")
-    activations = {leaf.source: leaf for leaf in arguments.tensors if leaf.activation and leaf.value.dim()}
-    counts = {leaf.name: leaf.value.size(0) for leaf in activations.values()}
+    tensors = [leaf for leaf in arguments.tensors if leaf.value.dim()]
+    activations = [leaf for leaf in tensors if leaf.activation]
+    if parameters.automatic and not activations:
+        activations = tensors[:1]
+    counts = {leaf.name: leaf.value.size(0) for leaf in activations}
     if len(set(counts.values())) != 1:
         raise ValueError(f"the activations must have one number of tokens to replace, but they have {counts}")
-    fresh = {source: with_tokens(replace(leaf, dynamic=True), tokens) for source, leaf in activations.items()}
+    [count] = set(counts.values())
+    if parameters.automatic:
+        activations += [
+            leaf for leaf in tensors if leaf.value.size(0) == count and not isinstance(leaf.value, torch.nn.Parameter)
+        ]
+    fresh = {leaf.source: with_tokens(replace(leaf, dynamic=True), tokens) for leaf in activations}
     return arguments.rebuilt({**arguments.values, **fresh})
 
 
