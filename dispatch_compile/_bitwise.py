@@ -7,14 +7,13 @@ exp, tanh or erf on the library: only the kernel that eager calls gives eager's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
 
-from ._torch_private import OpOverload, at_least, compile_node, graph_pass
+from ._torch_private import at_least, functional_op
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -46,33 +45,13 @@ _CLAMPS = {aten.clamp, aten.clamp_min, aten.clamp_max}
 _ROUNDS = {aten.add, aten.sub, aten.mul, aten.div, aten.sqrt, aten.rsqrt, aten.reciprocal, aten.pow}
 
 
-def inexact_ops(graph: GraphModule) -> frozenset[OpOverload]:
-    """The ops that must reach Inductor whole: of what they would be decomposed into, ATen has other kernels."""
-    return frozenset(node.target for node in _ops(graph.graph) if not is_exact(node))
-
-
-def compiling_exact_ops(whole: frozenset[OpOverload]) -> Any:
-    """The pass, for Inductor's options, that marks what may be compiled.
-
-    Args:
-        whole: ops that are not decomposed; Inductor need not know how to compile them.
-    """
-
-    def mark(graph: Graph) -> None:
-        for node in _ops(graph):
-            if node.target not in whole and is_exact(node):
-                compile_node(node)
-
-    return graph_pass(mark, source=__file__)
-
-
 def is_exact(node: Node) -> bool:
     """Whether Inductor's code for an op must give ATen's bits, but for the sign and payload of a NaN."""
-    packet = node.target.overloadpacket
+    packet = functional_op(node.target).overloadpacket
     if node.target.is_view or isinstance(node.meta["val"], (int, torch.SymInt)):
         return True
     # ATen's kernels depend on strides, and Inductor may choose others: it takes its operands' order of dimensions.
-    if not _is_contiguous(node.meta["val"]) or not all(map(_is_in_row_order, _tensors(node))):
+    if not _is_contiguous(node.meta["val"]) or not all(map(_is_in_row_order, tensors(node))):
         return False
     if packet in _MOVES or packet in _MAKES:
         return True
@@ -82,7 +61,7 @@ def is_exact(node: Node) -> bool:
         return False
     if packet in _CLAMPS:
         # Either of 0.0 and -0.0 may be taken for the larger.
-        return len(node.all_input_nodes) == 1 and 0 not in _numbers(node)
+        return len(node.all_input_nodes) == 1 and 0 not in numbers(node)
     if packet is aten.neg:
         return bool(node.meta["val"].device.type == "cpu")  # Triton subtracts from 0.0
     if packet is aten.amax:
@@ -93,7 +72,7 @@ def is_exact(node: Node) -> bool:
 def _rounds_once(node: Node) -> bool:
     """Whether ATen computes the op as its definition says, and Inductor as well, with one rounding."""
     result: torch.Tensor = node.meta["val"]
-    packet, on_cpu = node.target.overloadpacket, bool(result.device.type == "cpu")
+    packet, on_cpu = functional_op(node.target).overloadpacket, bool(result.device.type == "cpu")
     wide = result.dtype not in _SIXTEEN_BITS
     if packet in (aten.add, aten.sub):
         return node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2
@@ -127,7 +106,7 @@ def _has_one_reciprocal(number: Any) -> bool:
 
 
 def _converts_exactly(node: Node) -> bool:
-    [source] = _tensors(node)
+    [source] = tensors(node)
     result: torch.Tensor = node.meta["val"]
     if source.device != result.device or not (source.is_floating_point() and result.is_floating_point()):
         return False
@@ -156,10 +135,10 @@ def _is_of_one_dtype(node: Node) -> bool:
     """Whether an op has operands of one dtype and device, or of dtypes that the result's holds, and no number that has
     to be rounded to that dtype: ATen computes with such numbers in float32."""
     result: torch.Tensor = node.meta["val"]
-    operands = [tensor for tensor in _tensors(node) if tensor.dtype is not torch.bool]
+    operands = [tensor for tensor in tensors(node) if tensor.dtype is not torch.bool]
     if not operands or any(tensor.device != result.device or tensor.is_complex() for tensor in operands):
         return False
-    if len(_tensors(node)) < len(node.all_input_nodes):  # there is a size among them, of which the number is not known
+    if len(tensors(node)) < len(node.all_input_nodes):  # there is a size among them, of which the number is not known
         return False
     dtypes = {tensor.dtype for tensor in operands}
     if result.dtype is not torch.bool:
@@ -169,10 +148,10 @@ def _is_of_one_dtype(node: Node) -> bool:
             return False
     elif len(dtypes) > 1:
         return False
-    return all(_holds(dtype, number) for dtype in dtypes for number in _numbers(node))
+    return all(holds(dtype, number) for dtype in dtypes for number in numbers(node))
 
 
-def _holds(dtype: torch.dtype, number: float) -> bool:
+def holds(dtype: torch.dtype, number: float) -> bool:
     return dtype not in _SIXTEEN_BITS or torch.tensor(number, dtype=dtype).item() == number
 
 
@@ -194,14 +173,10 @@ def _is_in_row_order(tensor: torch.Tensor) -> bool:
     return all(at_least(outer, inner) for outer, inner in pairwise(strides))
 
 
-def _ops(graph: Graph) -> Iterator[Node]:
-    return (node for node in graph.nodes if isinstance(node.target, OpOverload))
-
-
-def _tensors(node: Node) -> list[torch.Tensor]:
+def tensors(node: Node) -> list[torch.Tensor]:
     values = (operand.meta["val"] for operand in node.all_input_nodes)
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def _numbers(node: Node) -> list[float]:
+def numbers(node: Node) -> list[float]:
     return [value for value in node.args if isinstance(value, (int, float)) and not isinstance(value, bool)]

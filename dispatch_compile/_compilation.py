@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ._bitwise import inexact_ops
+from ._arithmetic import treatment
 from ._capture import CannotCapture, Captured, capture, first_line, float_tensor
 from ._config import CompileConfig
 from ._difference import Components, components_of, in_names
@@ -331,9 +331,9 @@ def _compile(captured: Captured, config: CompileConfig) -> tuple[Code, list[Layo
             owner = _program_of_nothing(eager)
             run = owner.load()
     elif config.backend == "inductor":
-        whole = inexact_ops(captured.graph) if config.bitwise else None
-        options = {**options_for(captured, whole), **config.options}
-        owner = inductor_compile(captured.graph, captured.inputs, options, whole or ())
+        treated = treatment(captured.graph, config.bitwise)
+        options = {**options_for(captured), **treated.options, **config.options}
+        owner = inductor_compile(captured.graph, captured.inputs, options, treated.decompositions)
         run = owner.run
         strides = owner.strides(captured.shape_env)
     else:

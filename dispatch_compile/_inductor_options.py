@@ -9,25 +9,16 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from ._bitwise import OPTIONS, compiling_exact_ops
 from ._capture import Captured
 from ._torch_private import OpOverload
 
 
-def options_for(captured: Captured, whole: frozenset[OpOverload] | None) -> dict[str, Any]:
-    """The options for a captured graph; the user's come on top of them.
-
-    Args:
-        captured: the graph.
-        whole: for results with the bits of eager, the ops that are not decomposed; otherwise None.
-    """
-    numerics = (
-        _rounding(captured) if whole is None else {**OPTIONS, "post_grad_custom_post_pass": compiling_exact_ops(whole)}
-    )
+def options_for(captured: Captured) -> dict[str, Any]:
+    """The options for a captured graph; those that its treatment asks for, and the user's, come on top of them."""
     return {
         # Our guards compare every size and stride before the code runs; the code need not do it again.
         "size_asserts": False,
-        **numerics,
+        **_rounding(captured),
         **_bounds_checks(captured),
     }
 

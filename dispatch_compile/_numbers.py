@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ._torch_private import OpOverload
+from ._torch_private import OpOverload, functional_op
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -112,10 +112,8 @@ class _Call:
 
     def in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same for an op that changes its first argument."""
-        name = self.op._schema.name.removeprefix("aten::")
-        packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-        functional = getattr(packet, self.op._overloadname, None)
-        if functional is None:
+        functional = functional_op(self.op)
+        if functional is self.op:
             raise CannotTakeNumber(f"{self.op} takes a number that changes")
         self.op = functional
         return args[0].copy_(self(args, kwargs, args[0]))

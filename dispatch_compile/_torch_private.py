@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from importlib.machinery import ExtensionFileLoader
@@ -82,6 +82,7 @@ __all__ = [
     "forget_inductors_threads",
     "forget_shape_envs",
     "function_modes_active",
+    "functional_op",
     "generated_module",
     "global_state",
     "graph_pass",
@@ -92,6 +93,7 @@ __all__ = [
     "in_functorch_transform",
     "inductor_compile",
     "inductor_overrides",
+    "inductors_ops",
     "inexact_matmul_precision",
     "is_dynamo_compiling",
     "is_functorch_wrapped",
@@ -280,7 +282,33 @@ def trace(
     """The ATen graph of ``fn`` on symbols and fake tensors; ``decompositions`` says of what some ops are made."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(fn, tracing_mode="symbolic", decomposition_table=dict(decompositions or {}))(*inputs)
+    with _without_early_decompositions():
+        return make_fx(fn, tracing_mode="symbolic", decomposition_table=dict(decompositions or {}))(*inputs)
+
+
+# Ops of which ATen has a kernel although torch registers a decomposition in Python for them.
+_DECOMPOSED_EARLY = ("upsample", "hardshrink", "softshrink", "multi_margin_loss", "multilabel_margin_loss_forward")
+
+
+@contextmanager
+def _without_early_decompositions() -> Iterator[None]:
+    """Let tracing see ops that ATen has kernels for. torch registers decompositions in Python for some, interpolation
+    above all, which it applies before any table of decompositions, and which have other results."""
+    import torch._decomp.decompositions  # registers them
+
+    keys = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
+    names = [name for name in dir(torch.ops.aten) if any(part in name for part in _DECOMPOSED_EARLY)]
+    packets = [getattr(torch.ops.aten, name) for name in names if "backward" not in name]
+    ops = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
+    removed = [(op, {key: op.py_kernels.pop(key) for key in keys if key in op.py_kernels}) for op in ops]
+    try:
+        for op in ops:
+            op._dispatch_cache.clear()
+        yield
+    finally:
+        for op, kernels in removed:
+            op.py_kernels.update(kernels)
+            op._dispatch_cache.clear()
 
 
 def size_depends_on_values(value: Any) -> bool:
@@ -403,9 +431,9 @@ def compile_node(node: torch.fx.Node) -> None:
     node.meta["custom"] = {**node.meta.get("custom", {}), "compile_with_inductor": {}}
 
 
-def graph_pass(run: Callable[[torch.fx.Graph], None], source: str) -> Any:
-    """A pass over graphs for Inductor's options, whose cache on disk goes by the text of the file ``source``. Of the
-    classes that the options' documentation asks for, only torch._inductor has one."""
+def graph_pass(run: Callable[[torch.fx.Graph], None], sources: Sequence[str], data: Sequence[str] = ()) -> Any:
+    """A pass over graphs for Inductor's options, whose cache on disk goes by the text of the files ``sources`` and by
+    ``data``. Of the classes that the options' documentation asks for, only torch._inductor has one."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     class Pass(CustomGraphPass):
@@ -413,7 +441,7 @@ def graph_pass(run: Callable[[torch.fx.Graph], None], source: str) -> Any:
             run(graph)
 
         def uuid(self) -> Any:
-            return get_hash_for_files((source,))
+            return get_hash_for_files(tuple(sources), " ".join(data))
 
     return Pass()
 
@@ -422,19 +450,23 @@ def inductor_compile(
     graph: torch.fx.GraphModule,
     inputs: list[Any],
     options: Mapping[str, Any],
-    whole: Collection[OpOverload] = (),
+    decompositions: Mapping[OpOverload, Callable[..., Any] | None] | None = None,
 ) -> InductorCode:
     """Compile a graph whose outputs are fresh tensors and which changes no input.
 
     ``torch._inductor.standalone_compile`` is the public way, but its artifact costs more per call than the code, and
-    it decomposes every op that it can; this leaves those in ``whole`` as they are.
+    it decomposes every op in its own way; here ``decompositions`` come first (one that gives NotImplemented leaves a
+    call to Inductor's), and None leaves an op as it is.
     """
     # Each patch of a torch config leaves a variable in the context that it was applied in: not the thread's own.
-    return copy_context().run(_inductor_compile, graph, inputs, options, whole)
+    return copy_context().run(_inductor_compile, graph, inputs, options, decompositions or {})
 
 
 def _inductor_compile(
-    graph: torch.fx.GraphModule, inputs: list[Any], options: Mapping[str, Any], whole: Collection[OpOverload]
+    graph: torch.fx.GraphModule,
+    inputs: list[Any],
+    options: Mapping[str, Any],
+    decompositions: Mapping[OpOverload, Callable[..., Any] | None],
 ) -> InductorCode:
     from torch._functorch import config as functorch_config
     from torch._guards import TracingContext, tracing
@@ -456,16 +488,21 @@ def _inductor_compile(
     expected = (len(inputs), _output_count(graph))
     fake_mode = next((fake.fake_mode for fake in inputs if isinstance(fake, torch.Tensor)), None)
     with (
+        _without_early_decompositions(),
         tracing(TracingContext(fake_mode)),
         functorch_config.patch(enable_autograd_cache=False),  # a hit there skips inner_compile
         inductor_config.patch(dict(options)),
         _without_symbols_of_floats(fake_mode),
         torch.no_grad(),
     ):
-        decompositions = None
-        if whole:
-            decompositions = {op: parts for op, parts in select_decomp_table().items() if op not in whole}
-        compile_fx(graph, inputs, inner_compile, dict(options), decompositions)
+        table = None
+        if decompositions:
+            table = dict(select_decomp_table())
+            for op, own in decompositions.items():
+                inductors = table.pop(op, None)
+                if own is not None:
+                    table[op] = _first_of(own, inductors)
+        compile_fx(graph, inputs, inner_compile, dict(options), table)
     counts = [tuple(counts) for _, *counts in compiled]
     if counts != [expected]:
         raise RuntimeError(f"AOTAutograd made graphs of {counts} inputs and outputs where one of {expected} was given")
@@ -487,6 +524,16 @@ def _without_symbols_of_floats(fake_mode: Any) -> Iterator[None]:
         yield
     finally:
         TensorifyState.force_specializations -= names
+
+
+def _first_of(own: Callable[..., Any], other: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A decomposition that is the other one where the first gives NotImplemented."""
+
+    def decomposition(*args: Any, **kwargs: Any) -> Any:
+        parts = own(*args, **kwargs)
+        return other(*args, **kwargs) if parts is NotImplemented and other is not None else parts
+
+    return decomposition
 
 
 def _output_count(graph: torch.fx.GraphModule) -> int:
@@ -523,6 +570,30 @@ def missing_compiler(error: BaseException) -> str | None:
 def uncompiled(fn: Any) -> Any:
     """The function that ``torch.compile`` was given, where ``fn`` is what it made of it; else ``fn`` itself."""
     return getattr(fn, "_torchdynamo_orig_callable", fn)
+
+
+def functional_op(op: OpOverload) -> OpOverload:
+    """The ATen op that returns what ``op`` writes to an argument, for ``x.exp_()`` and ``out=``, which AOTAutograd
+    makes of it; an op that writes to none is its own."""
+    if not op._schema.is_mutable or op.namespace != "aten":
+        return op
+    packet = getattr(torch.ops.aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    parameters = [str(argument.type) for argument in op._schema.arguments if not argument.is_out]
+    for overload in [] if packet is None else packet.overloads():
+        functional = getattr(packet, overload)
+        same = parameters == [str(argument.type) for argument in functional._schema.arguments]
+        if same and not functional._schema.is_mutable:
+            return functional
+    return op
+
+
+def inductors_ops() -> list[OpOverload]:
+    """The ATen ops that Inductor decomposes, or has code of its own for."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import lowerings
+
+    known = {op for op in (*select_decomp_table(), *lowerings) if isinstance(op, OpOverload)}
+    return sorted((op for op in known if op.namespace == "aten" and has_schema(op.name())), key=OpOverload.name)
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:

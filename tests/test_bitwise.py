@@ -247,7 +247,7 @@ def test_inductors_cache_on_disk_takes_the_code(bitwise):
 def test_options_of_the_user_come_on_top(monkeypatch):
     asked_for = {}
 
-    def compiler(graph, inputs, options, whole):
+    def compiler(graph, inputs, options, decompositions):
         asked_for.update(options)
         raise RuntimeError("enough")
 

@@ -475,19 +475,68 @@ def test_aten_is_called_for_all_that_is_not_marked():
         marked.append(product.target)
 
     marked: list[object] = []
-    graph_pass = private.graph_pass(mark, source=__file__)
-    assert graph_pass.uuid() == private.graph_pass(mark, source=__file__).uuid()
-    assert graph_pass.uuid() != private.graph_pass(mark, source=private.__file__).uuid()
+    graph_pass = private.graph_pass(mark, [__file__])
+    assert graph_pass.uuid() == private.graph_pass(mark, [__file__]).uuid()
+    assert graph_pass.uuid() != private.graph_pass(mark, [private.__file__]).uuid()
+    assert graph_pass.uuid() != private.graph_pass(mark, [__file__], data=["aten.mul"]).uuid()
 
     with private.new_fake_mode(private.new_shape_env()):
         x = torch.empty(4, 3)
     graph = private.trace(lambda x: [torch.nn.functional.silu(x) * 2], [x], {})
     options = {"fallback_by_default": True, "post_grad_custom_post_pass": graph_pass, "fx_graph_cache": False}
-    code = private.inductor_compile(graph, [x], options, whole=[torch.ops.aten.silu.default])
+    code = private.inductor_compile(graph, [x], options, {torch.ops.aten.silu.default: None})
     assert marked == [torch.ops.aten.mul.Tensor]
     assert re.findall(r"torch\.ops\.aten\.\w+\.\w+\(", code.source) == ["torch.ops.aten.silu.default("]
     values = torch.randn(4, 3)
     assert torch.equal(code.run([values])[0], torch.nn.functional.silu(values) * 2)
+
+
+def test_a_decomposition_of_ones_own_comes_before_inductors():
+    with private.new_fake_mode(private.new_shape_env()):
+        x = torch.empty(4, 3)
+    graph = private.trace(lambda x: [torch.nn.functional.silu(x)], [x])
+    code = private.inductor_compile(graph, [x], {}, {torch.ops.aten.silu.default: lambda x: x * 3})
+    assert code.run([torch.ones(4, 3)])[0].tolist() == [[3.0] * 3] * 4
+
+
+@covers("functional_op")
+def test_functional_op():
+    aten = torch.ops.aten
+    pairs = [
+        (aten.expm1_.default, aten.expm1.default),
+        (aten.expm1.out, aten.expm1.default),
+        (aten.floor_divide_.Tensor, aten.floor_divide.default),
+        (aten.div_.Tensor_mode, aten.div.Tensor_mode),
+        (aten.fmod.Scalar_out, aten.fmod.Scalar),
+        (aten.add.out, aten.add.Tensor),
+        (aten.add.Scalar, aten.add.Scalar),
+    ]
+    assert [private.functional_op(op) for op, _ in pairs] == [functional for _, functional in pairs]
+
+
+@covers("inductors_ops")
+def test_ops_that_inductor_has_code_for():
+    ops = private.inductors_ops()
+    assert {torch.ops.aten.add.Tensor, torch.ops.aten.silu.default} < set(ops)
+    assert len(ops) > 1000
+
+
+@covers("trace")
+def test_interpolation_stays_whole():
+    """torch's own decompositions of it in Python apply before any table does, unless they are out of the way."""
+    op = torch.ops.aten.upsample_bilinear2d.vec
+    kernels = dict(op.py_kernels)
+    with private.new_fake_mode(private.new_shape_env()):
+        x = torch.empty(2, 3, 4, 5)
+
+    def larger(x: Tensor) -> list[Tensor]:
+        return [torch.nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear")]
+
+    graph = private.trace(larger, [x])
+    assert any("upsample_bilinear2d" in str(node.target) for node in graph.graph.nodes)
+    assert op.py_kernels == kernels
+    code = private.inductor_compile(graph, [x], {}, {torch.ops.aten.upsample_bilinear2d.default: None})
+    assert "aten.upsample_bilinear2d.default(" in code.source
 
 
 @covers("hide_from_dynamo")

@@ -12,7 +12,7 @@ import torch
 from dispatch_compile import CompileConfig
 
 from . import numerics_results as results
-from . import timing
+from . import sweep, sweep_results, sweep_values, timing
 from .arguments import add_results_arguments, command_parser, measured_or_read, positive
 from .cases import CASES, DTYPES, Case, Inputs, Sizes, tensors
 from .measure import unwatched
@@ -33,8 +33,13 @@ the last place (ULPs) of the result's dtype, and how long the calls take: with C
 CompileConfig(bitwise=True), over the ops that ship with the package, for inputs of unit size and for rough ones
 (all magnitudes, subnormal numbers, zeros of both signs, infinities, NaN).
 
+With --ops, instead: all ops that Inductor has code of its own for, or those named, over dtypes and special values
+(zeros of both signs, subnormal numbers, extremes, infinities, NaN, ties, the limits of integers). What differs by more
+than rounding is listed, with an example.
+
 The table goes to stdout, progress to stderr.
 """
+ALL = "all"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,6 +50,16 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.ops is not None:
+        names = None if options.ops == [ALL] else options.ops
+        swept = measured_or_read(
+            parser,
+            options,
+            sweep_results.read,
+            lambda device: sweep.run(device, names, options.dtypes, options.every),
+        )
+        print(sweep_results.markdown(swept) if options.markdown else sweep_results.text(swept))
+        return 0
     found = measured_or_read(parser, options, results.read, lambda device: run(device, options.hidden))
     print(results.markdown(found) if options.markdown else results.text(found))
     return 0
@@ -55,8 +70,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hidden", type=positive, default=HIDDEN, metavar="N", help="the inputs' width (default: %(default)s)"
     )
+    parser.add_argument(
+        "--ops", type=_names, metavar="NAMES", help=f"sweep over ATen ops: {ALL}, or names like expm1,floor_divide"
+    )
+    parser.add_argument(
+        "--dtypes",
+        type=_dtypes,
+        default=list(sweep_values.DTYPES),
+        metavar="NAMES",
+        help=f"of the sweep (default: {','.join(sweep_values.DTYPES)})",
+    )
+    parser.add_argument(
+        "--every", type=positive, default=1, metavar="N", help="make every Nth call of the sweep (default: %(default)s)"
+    )
     add_results_arguments(parser)
     return parser
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = set(names) - {ALL, *sweep.op_names()}
+    if unknown:
+        raise argparse.ArgumentTypeError(f"Inductor has no code of its own for {', '.join(sorted(unknown))}")
+    return names
+
+
+def _dtypes(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = set(names) - set(sweep_values.DTYPES)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not among {', '.join(sweep_values.DTYPES)}")
+    return names
 
 
 def run(device: str, hidden: int) -> Results:

@@ -32,6 +32,12 @@ class Distance:
         return Distance.greatest(_between(one, other) for one, other in zip(actual, expected, strict=True))
 
     @staticmethod
+    def apart(actual: Tensor, expected: Tensor) -> Tensor:
+        """For each element, how many numbers of the dtype lie from one to the other; none from NaN to NaN."""
+        both_nan = actual.float().isnan() & expected.float().isnan()
+        return torch.where(both_nan, 0, (_rank(actual) - _rank(expected)).abs())
+
+    @staticmethod
     def greatest(distances: Iterable[Distance]) -> Distance:
         """Of all elements together."""
         found = tuple(distances)
@@ -45,7 +51,7 @@ class Distance:
 def _between(actual: Tensor, expected: Tensor) -> Distance:
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     nan, other_nan = actual.float().isnan(), expected.float().isnan()
-    apart = torch.where(nan & other_nan, 0, (_rank(actual) - _rank(expected)).abs())
+    apart = Distance.apart(actual, expected)
     ulps = math.inf if bool((nan != other_nan).any()) else int(apart.max()) if apart.numel() else 0
     return Distance(actual.numel(), int(apart.count_nonzero()), ulps)
 

@@ -1,0 +1,282 @@
+"""Where Inductor's arithmetic is not eager's, and what is done about it.
+
+Compiled results may differ from eager ones by rounding, in a few units of the last place, and no more. For each op of
+which Inductor's own code does worse there is a rule: another decomposition, which is still fused, or none, so that the
+generated code calls ATen's kernel. A graph without such ops is compiled as if there were no rules.
+
+The rules rest on ``python -m dispatch_compile numerics --ops all``, which compares every op that Inductor has code for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from . import _bitwise
+from . import _eager_decompositions as eager
+from ._torch_private import OpOverload, OpOverloadPacket, compile_node, functional_op, graph_pass
+
+aten = torch.ops.aten
+
+Decomposition = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is done about an op.
+
+    Attributes:
+        why: what Inductor's own code does.
+        decomposition: what to compile instead; None to have ATen compute the op.
+        device: where Inductor does so; None for everywhere.
+        when: for which of the op's arguments it matters.
+    """
+
+    why: str
+    decomposition: Decomposition | None = None
+    device: str | None = None
+    when: Callable[[Node], bool] = lambda node: True
+
+
+def rule_for(node: Node) -> Rule | None:
+    """The rule for one op of a graph, if there is any."""
+    device = _device(node)
+    rules = (rule for rule in RULES.get(functional_op(node.target).overloadpacket, ()) if rule.device in (None, device))
+    return next((rule for rule in rules if rule.when(node)), None)
+
+
+def _device(node: Node) -> str | None:
+    values = (operand.meta["val"] for operand in node.all_input_nodes)
+    return next((value.device.type for value in values if isinstance(value, torch.Tensor)), None)
+
+
+def _of_floats(node: Node) -> bool:
+    """Whether any operand is a floating-point one."""
+    return any(value.is_floating_point() for value in _bitwise.tensors(node)) or any(
+        isinstance(arg, float) for arg in node.args
+    )
+
+
+def _of_integers(node: Node) -> bool:
+    return not any(value.is_floating_point() for value in _bitwise.tensors(node))
+
+
+def _by_integer_zero(node: Node) -> bool:
+    return _of_floats(node) and any(isinstance(arg, int) and arg == 0 for arg in node.args)
+
+
+def _at_zero(node: Node) -> bool:
+    """Whether a limit is zero: it may be taken for the zero of another sign."""
+    return _of_floats(node) and any(bound == 0 for bound in node.args[1:] if isinstance(bound, (int, float)))
+
+
+def _scaled(node: Node) -> bool:
+    alpha = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
+    return _of_floats(node) and alpha != 1
+
+
+def _number_is_rounded(node: Node) -> bool:
+    """Whether a number is not one of the 16-bit dtype beside it."""
+    dtypes = {value.dtype for value in _bitwise.tensors(node)}
+    return any(not _bitwise.holds(dtype, number) for dtype in dtypes for number in _bitwise.numbers(node))
+
+
+def _number_is_rounded_first(node: Node) -> bool:
+    return _number_first(node) and _number_is_rounded(node)
+
+
+def _by_scalar_overload(node: Node) -> bool:
+    """Whether it is an overload for numbers; a number in the place of a tensor, as x + 0.1 has it, is not rounded."""
+    return functional_op(node.target)._overloadname == "Scalar" and _number_is_rounded(node)
+
+
+def _to_float16(node: Node) -> bool:
+    """Whether a number is added that float16 does not hold; eager rounds it then, but not beside bfloat16."""
+    return _number_is_rounded(node) and any(value.dtype is torch.float16 for value in _bitwise.tensors(node))
+
+
+def _to_int8(node: Node) -> bool:
+    return node.kwargs.get("dtype") is torch.int8 and _of_floats(node)
+
+
+def _is_contiguous(node: Node) -> bool:
+    return bool(_bitwise.tensors(node)[0].is_contiguous())
+
+
+def _of_statistics(node: Node) -> bool:
+    """Whether more is used than the first of the results."""
+    return any(user.args[1] != 0 for user in node.users)
+
+
+def _inverts(node: Node) -> bool:
+    return node.args[1] in (-0.5, -2)
+
+
+def _floors(node: Node) -> bool:
+    return node.kwargs.get("rounding_mode") == "floor" and _of_floats(node)
+
+
+def _in_16_bits(node: Node) -> bool:
+    return any(value.dtype in eager.SIXTEEN_BITS for value in _bitwise.tensors(node))
+
+
+def _beside_0_dims(node: Node) -> bool:
+    """Whether a tensor without dimensions is taken for a number."""
+    return _of_floats(node) and {value.dim() == 0 for value in _bitwise.tensors(node)} == {True, False}
+
+
+def _number_first(node: Node) -> bool:
+    return not isinstance(node.args[0], Node) and _of_floats(node)
+
+
+_QUOTIENT = "floors the rounded quotient, which can be off by one"
+_STEPS = "does not round to 16 bits after each step, as eager does"
+_NEAR_ZERO = "vector code loses small arguments beside 1"
+_DIGITS = "code with fewer digits"
+_FUSED = "does not fuse the multiplication and the addition, as eager does: that shows where they cancel"
+_NUMBER = "does not round the number to 16 bits, as eager does"
+_MEAN = "gives the mean of what has an infinity in it, which is NaN in eager"
+_ZEROS = "takes either zero for the larger"
+
+CPU = "cpu"
+
+# The first rule that applies counts.
+RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
+    aten.floor_divide: (
+        Rule(_STEPS, when=_in_16_bits),
+        Rule(_QUOTIENT, eager.floor_divide, when=_of_floats),
+    ),
+    aten.div: (
+        Rule(_STEPS, when=lambda node: bool(node.kwargs) and _in_16_bits(node)),
+        Rule(_QUOTIENT, eager.divide, when=_floors),
+    ),
+    aten.remainder: (
+        Rule("calls another fmod", device=CPU, when=_number_first),
+        Rule(_NUMBER, when=_beside_0_dims),
+        Rule(_QUOTIENT, eager.remainder, when=_of_floats),
+    ),
+    aten.mul: (Rule("takes the product with the integer 0 for zeros", eager.mul, when=_by_integer_zero),),
+    aten.fmod: (
+        Rule(_NUMBER, when=_beside_0_dims),
+        Rule(_NUMBER, eager.rounding_its_number(aten.fmod.Scalar), when=_number_is_rounded),
+    ),
+    **dict.fromkeys([aten.clamp, aten.clamp_min], (Rule(_ZEROS, eager.clamp, CPU, _at_zero),)),
+    aten.clamp_max: (Rule(_ZEROS, eager.clamp_max, CPU, _at_zero),),
+    aten.hardtanh: (
+        Rule("gives floating-point numbers for integers", when=_of_integers),
+        Rule(_ZEROS, eager.hardtanh, CPU, _at_zero),
+    ),
+    aten.threshold: (Rule("computes with integers as floating-point numbers", when=_of_integers),),
+    **dict.fromkeys([aten.cosh, aten.sinh], (Rule("overflows later for integers", device=CPU, when=_of_integers),)),
+    **dict.fromkeys([aten.fmax, aten.fmin], (Rule(_ZEROS, device=CPU),)),
+    aten._to_copy: (Rule("saturates what 8 bits do not hold", eager.to_copy, CPU, _to_int8),),
+    **dict.fromkeys([aten.expm1, aten.erf, aten.atanh, aten.elu, aten.celu], (Rule(_NEAR_ZERO, device=CPU),)),
+    aten.acosh: (Rule("squares large arguments, beyond infinity", device=CPU),),
+    aten.gelu: (Rule("eager calls oneDNN, which gives NaN for infinity", device=CPU, when=_is_contiguous),),
+    aten.pow: (
+        Rule("raises the reciprocal to the power, or the other way round", device=CPU, when=_inverts),
+        Rule(_NUMBER, when=_number_is_rounded_first),
+    ),
+    aten.softshrink: (Rule("gives 0 for NaN", device=CPU),),
+    aten.round: (Rule("multiplies by a power of ten, where eager divides", when=lambda n: "decimals" in n.kwargs),),
+    aten.logit: (Rule(_STEPS, device=CPU, when=_in_16_bits),),
+    aten.nextafter: (Rule("gives a number of 32 bits", when=_in_16_bits),),
+    **dict.fromkeys([aten.var_mean, aten.std_mean], (Rule(_MEAN, device=CPU),)),
+    aten.native_layer_norm: (Rule(_MEAN, device=CPU, when=_of_statistics),),
+    aten._euclidean_dist: (Rule("multiplies matrices in another order, which shows where the product cancels"),),
+    aten.add: (
+        Rule(_FUSED, when=_scaled),
+        Rule(_NUMBER, eager.rounding_its_number(aten.add.Scalar), when=_by_scalar_overload),
+        Rule(_NUMBER, eager.rounding_its_number(aten.add.Tensor, [torch.float16]), CPU, _to_float16),
+    ),
+    **{
+        packet: (
+            Rule(_FUSED, when=_scaled),
+            Rule(_NUMBER, eager.rounding_its_number(packet.Scalar), when=_by_scalar_overload),
+        )
+        for packet in (aten.sub, aten.rsub)
+    },
+    aten.ldexp: (Rule("multiplies by a power of two that may be infinite", when=_in_16_bits),),
+    aten.log_sigmoid_forward: (Rule(_ZEROS, device=CPU, when=_in_16_bits),),
+    **dict.fromkeys(
+        [
+            aten.addcmul,
+            aten.lerp,
+            aten.linalg_cross,
+            aten.affine_grid_generator,
+            aten.grid_sampler_2d,
+            aten.upsample_linear1d,
+            aten.upsample_bilinear2d,
+            aten.upsample_trilinear3d,
+            aten.upsample_bicubic2d,
+        ],
+        (Rule(_FUSED),),
+    ),
+    **dict.fromkeys(
+        [
+            aten.logaddexp2,
+            aten.erfinv,
+            aten.igamma,
+            aten.igammac,
+            aten.mvlgamma,
+            aten.special_airy_ai,
+            aten.special_bessel_j0,
+            aten.special_bessel_j1,
+            aten.special_bessel_y0,
+            aten.special_bessel_y1,
+            aten.special_i0e,
+            aten.special_i1,
+            aten.special_i1e,
+            aten.special_modified_bessel_i1,
+            aten.special_modified_bessel_k0,
+            aten.special_modified_bessel_k1,
+            aten.special_scaled_modified_bessel_k0,
+            aten.special_scaled_modified_bessel_k1,
+            aten.special_log_ndtr,
+            aten.special_ndtr,
+            aten.special_xlog1py,
+        ],
+        (Rule(_DIGITS),),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What a graph's ops become, apart from what Inductor would make of them.
+
+    Attributes:
+        decompositions: in place of Inductor's; None to leave an op whole, so that ATen computes it.
+        options: for Inductor.
+    """
+
+    decompositions: Mapping[OpOverload, Decomposition | None] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def treatment(graph: GraphModule, bitwise: bool) -> Treatment:
+    """How to compile a graph for results that differ from eager ones by rounding at most; or not at all."""
+    nodes = [node for node in graph.graph.nodes if isinstance(node.target, OpOverload)]
+    if bitwise:
+        whole = frozenset(functional_op(node.target) for node in nodes if not _bitwise.is_exact(node))
+        return Treatment(dict.fromkeys(whole), {**_bitwise.OPTIONS, **_compiling(whole, _bitwise.is_exact)})
+    rules = {functional_op(node.target): rule.decomposition for node in nodes if (rule := rule_for(node)) is not None}
+    whole = frozenset(op for op, decomposition in rules.items() if decomposition is None)
+    if not whole:
+        return Treatment(rules)
+    return Treatment(rules, {"fallback_by_default": True, **_compiling(whole, lambda node: True)})
+
+
+def _compiling(whole: frozenset[OpOverload], compiles: Callable[[Node], bool]) -> Mapping[str, Any]:
+    """The option that has Inductor compile what is not left whole and is to be compiled."""
+
+    def mark(graph: Graph) -> None:
+        for node in graph.nodes:
+            if isinstance(node.target, OpOverload) and node.target not in whole and compiles(node):
+                compile_node(node)
+
+    return {"post_grad_custom_post_pass": graph_pass(mark, (__file__, _bitwise.__file__), sorted(map(str, whole)))}
