@@ -6,6 +6,7 @@ from ._body import compile_natives
 from ._cache import CacheStats, NativeCache
 from ._config import CompileConfig
 from ._counters import counters
+from ._enable import disable, enable
 from ._errors import CompileError, DispatchCompileWarning
 from ._explain import Explanation
 from ._ir import IrOp, IrOpImpl, register_op
@@ -31,6 +32,8 @@ __all__ = [
     "TraceEvent",
     "compile_natives",
     "counters",
+    "disable",
+    "enable",
     "inherit_modes",
     "native",
     "ops",

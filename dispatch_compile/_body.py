@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
 from ._config import CompileConfig
 from ._mode import DispatchCompileMode, current_mode
+from ._plain_function import check_plain
 from ._torch_private import CustomOpDef, wrap_custom_op_kernels
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Entered(threading.local):
-    """What this thread has entered, innermost last: bare ``with`` blocks of all threads share one object."""
-
-    def __init__(self) -> None:
-        self.contexts: list[Any] = []
+# What the ``with`` blocks of a thread or task have entered, innermost last: all bare ones share one object.
+_entered: ContextVar[tuple[Any, ...]] = ContextVar("compile_natives", default=())
 
 
 class CompileNatives:
@@ -36,7 +34,7 @@ class CompileNatives:
 
         with dispatch_compile.compile_natives(mode=mode): ...
 
-    - Bare: the mode that the caller has entered, or else one default mode for the whole process, so that all bare
+    - Bare: the mode that the caller is in, or else one default mode for the whole process, so that all bare
       bodies share compiled code.
     - ``mode=``: that mode.
     - ``config=``: a mode of its own with that configuration, made once, here.
@@ -47,7 +45,6 @@ class CompileNatives:
 
     def __init__(self, mode: DispatchCompileMode | None = None) -> None:
         self._mode = mode
-        self._entered = _Entered()
 
     @overload
     def __call__(self, fn: F) -> F: ...
@@ -77,8 +74,7 @@ class CompileNatives:
         if isinstance(fn, CustomOpDef):
             wrap_custom_op_kernels(fn, self._wrapped)
             return fn
-        if not callable(fn):
-            raise TypeError(f"compile_natives: cannot decorate {fn!r}; give it a function or a custom op")
+        check_plain(fn, "compile_natives")
         return self._wrapped(fn)
 
     def _wrapped(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,8 +96,8 @@ class CompileNatives:
 
     def __enter__(self) -> DispatchCompileMode:
         context = self._context()
-        self._entered.contexts.append(context)
         context.__enter__()
+        _entered.set((*_entered.get(), context))
         mode = current_mode()
         assert mode is not None
         return mode
@@ -109,7 +105,12 @@ class CompileNatives:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._entered.contexts.pop().__exit__(kind, error, traceback)
+        entered = _entered.get()
+        if not entered:
+            raise RuntimeError("compile_natives: left where it was not entered")
+        *outer, context = entered
+        _entered.set(tuple(outer))
+        context.__exit__(kind, error, traceback)
 
 
 @functools.cache

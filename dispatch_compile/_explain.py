@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from torch import fx
 
 from . import _background, _registry
-from ._active import EVERY_OP, active
+from ._active import EVERY_OP, enter, suspended
 from ._cache import Table
 from ._callee import full_name
 from ._capture import Captured, capture
@@ -198,7 +198,7 @@ def explanation_of_function(
         reason = "the mode's ops= leaves it out"
         return _passed(native, native.impl, native.name, args, kwargs, reason)
     explaining = _ExplainingRoute(native, native.callee, route.config, route.cache, route.orders)
-    with active.suspended():
+    with suspended():
         return explaining.explained(native, (*native.outside(), *args), kwargs)
 
 
@@ -211,8 +211,8 @@ def _explained_where_caught(
 ) -> Explanation | None:
     on_stack = mode.on_torchs_stack() if mode.interception == EVERY_OP else nullcontext()
     try:
-        with active.suspended(), without_modes(), on_stack, without_version_counting():
-            active.push(cast("DispatchCompileMode", _StandIn({overload.name(): explaining})))
+        with suspended(), without_modes(), on_stack, without_version_counting():
+            enter(cast("DispatchCompileMode", _StandIn({overload.name(): explaining})))
             overload(*args, **kwargs)
     except _Explained:
         pass
@@ -258,7 +258,7 @@ class _ExplainingRoute(Route):
     def run(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: object) -> NoReturn:
         op = self.op()
         assert op is not None, "explanation_of() holds it"
-        with active.suspended():
+        with suspended():
             self.explanation = self.explained(op, args, kwargs)
         raise _Explained
 

@@ -6,6 +6,7 @@ never released there, and what it was doing stays half done.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import weakref
@@ -24,6 +25,11 @@ Lock = TypeVar("Lock")
 # How long a fork waits for a compilation of ours. A child of a process that was compiling cannot compile: torch's
 # compiler keeps what it is doing in globals.
 SECONDS_TO_WAIT = 30.0
+
+# In the child of a thread that ran code on several threads, GNU's OpenMP waits for these for ever, and Inductor's code
+# for a CPU runs on several at any size. After this OpenMP starts new ones when it needs them.
+_end_openmps_threads = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
+_HARD = 2  # omp_pause_hard
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 _forking = threading.local()  # has `lock`, and `held`: whether the forking thread got it
@@ -55,6 +61,8 @@ def compiler_was_interrupted() -> bool:
 
 
 def _before_fork() -> None:
+    if _end_openmps_threads is not None:
+        _end_openmps_threads(_HARD)
     lock = _forking.lock = compile_lock_if_imported()
     _forking.held = False
     if lock is not None:

@@ -6,7 +6,7 @@ dispatcher skips without looking, and always has the key switched on. A kernel r
 - runs below autograd, functorch, functionalization, FakeTensor and every TorchDispatchMode: those have seen the
   call and what arrives is about to run for real;
 - adds nothing to the thread's dispatch state, on which torch.compile guards.
-It is process-wide, so it asks for the thread's mode first and hands the call on when there is none.
+It is process-wide, so it asks for the context's mode first and hands the call on when there is none.
 """
 
 from __future__ import annotations

@@ -6,24 +6,25 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import _hooks
-from ._active import active, bodies_watched
+from ._active import active_modes, bodies_watched, innermost_entry, traces_of
 from ._callee import full_name
 from ._route import Route
 from ._specialize.guards import MISS
 from ._torch_private import OpOverload, hide_from_dynamo, profiler
-from ._trace import OpCall, TraceEvent
+from ._trace import OpCall, Trace, TraceEvent
 
 if TYPE_CHECKING:
+    from ._mode import DispatchCompileMode
     from ._native import Native
 
 
 def kernel_of(overload: OpOverload) -> Callable[..., Any]:
     """The kernel that catches calls of ``overload`` in every thread of the process."""
 
-    thread, name = active, overload.name()
+    entry, name = innermost_entry, overload.name()
 
     def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
-        mode = thread.untraced
+        mode = entry().untraced
         if mode is not None and not profiler._is_profiler_enabled:
             route = mode.routes.get(name)
             if route is not None:
@@ -47,44 +48,50 @@ def kernel_of(overload: OpOverload) -> Callable[..., Any]:
 
 def _intercept(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The whole way of a caught call, of which the kernel takes a short cut."""
-    route = _route_of(overload.name())
-    if route is not None:
-        return _run(route, keyset, args, kwargs)
-    if not active.traces:
+    modes = active_modes()
+    if not modes:
         return _hooks.redispatch(overload, keyset, args, kwargs)
-    calls = [trace.begin(OpCall, full_name(overload), args, kwargs) for trace in active.traces]
+    route = route_of(modes, overload.name())
+    traces = traces_of(modes)
+    if route is not None:
+        return _run(route, traces, keyset, args, kwargs)
+    if not traces:
+        return _hooks.redispatch(overload, keyset, args, kwargs)
+    calls = [trace.begin(OpCall, full_name(overload), args, kwargs) for trace in traces]
 
     def run() -> Any:
         with bodies_watched():
             return _hooks.redispatch(overload, keyset, args, kwargs)
 
-    return _watched(calls, run)
+    return _watched(traces, calls, run)
 
 
 def run_function(native: Native, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The whole way of a call of a function, inside a mode."""
-    for mode in reversed(active.stack):
+    modes = active_modes()
+    for mode in modes:
         route = mode.route_of(native)
         if route is not None:
-            return _run(route, None, args, kwargs)
+            return _run(route, traces_of(modes), None, args, kwargs)
     return native.callee.run(None, args, kwargs)
 
 
-def _route_of(name: str) -> Route | None:
-    for mode in reversed(active.stack):
+def route_of(modes: Sequence[DispatchCompileMode], name: str) -> Route | None:
+    """The route of the innermost of the modes that catches an op, ``"ns::name"``; None if none does."""
+    for mode in modes:
         route = mode.routes.get(name)
         if route is not None:
             return route
     return None
 
 
-def _run(route: Route, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(route: Route, traces: Sequence[Trace], keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the call in front of the traces of every mode entered on this thread."""
-    if not active.traces:
+    if not traces:
         return route.run(keyset, args, kwargs, None)
     callee = route.callee
     shown = args[callee.parameters.hidden :]
-    first, *others = events = [trace.begin(TraceEvent, callee.full_name, shown, kwargs) for trace in active.traces]
+    first, *others = events = [trace.begin(TraceEvent, callee.full_name, shown, kwargs) for trace in traces]
 
     def run() -> Any:
         """What is decided is told to the first event, and by it to the others."""
@@ -94,12 +101,11 @@ def _run(route: Route, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             for other in others:
                 other.decided_like(first)
 
-    return _watched(events, run)
+    return _watched(traces, events, run)
 
 
-def _watched(calls: Sequence[OpCall], run: Callable[[], Any]) -> Any:
+def _watched(traces: Sequence[Trace], calls: Sequence[OpCall], run: Callable[[], Any]) -> Any:
     """Run the call that began in the traces, and tell them how it ends."""
-    traces = active.traces
     try:
         result = run()
     except BaseException as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _background
-from ._active import active
+from ._active import suspended
 from ._artifacts import Artifact, Artifacts
 from ._background import ThreadState
 from ._cache import Table
@@ -118,7 +118,7 @@ class Maker:
             found = table.find(key, arguments)  # another thread may have loaded it
             if found is not None:
                 return found
-            with active.suspended():
+            with suspended():
                 loaded = self.saved(impl, key, arguments)
             if loaded is None or loaded.code is None:
                 return None
@@ -150,7 +150,7 @@ class Maker:
     ) -> Specialization:
         start = time.perf_counter_ns()
         try:
-            with active.suspended():
+            with suspended():
                 origin = self._origin(impl)  # before the implementation runs, which may change what it reads
                 made = specialize(self.callee.name, impl, self.callee.parameters, arguments, self.config, origin)
         finally:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import _hooks, _registry
-from ._active import EVERY_OP, SELECTIVE, active
+from ._active import EVERY_OP, SELECTIVE, active_modes, enter, leave
 from ._cache import NativeCache
 from ._callee import Callee, full_name
 from ._config import COMPILE, CompileConfig
@@ -24,7 +24,7 @@ from ._opaque import opaque_overloads
 from ._orders import Frozen, Orders
 from ._route import Route
 from ._specialize.arguments import Parameters, activations_with_tokens, flatten
-from ._torch_private import OpOverload, OpOverloadPacket, TorchDispatchMode, hide_from_dynamo
+from ._torch_private import OpOverload, OpOverloadPacket, TorchDispatchMode, hide_from_dynamo, torchs_modes
 from ._trace import OpCall, Trace, TraceEvent
 from ._warmup import arguments_with_tokens
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 def current_mode() -> DispatchCompileMode | None:
-    """The innermost mode entered on this thread."""
-    return active.stack[-1] if active.stack else None
+    """The innermost mode that this thread or task has entered, or else that of the process."""
+    return next(iter(active_modes()), None)
 
 
 _modes: weakref.WeakSet[DispatchCompileMode] = weakref.WeakSet()
@@ -43,10 +43,10 @@ _modes: weakref.WeakSet[DispatchCompileMode] = weakref.WeakSet()
 class DispatchCompileMode(TorchDispatchMode):
     """Inside it, IR ops run as compiled code of the implementation that their dispatch chooses.
 
-    Scope is the ``with`` block and the thread. Calls are caught wherever they are made, also inside opaque custom
-    ops at any depth; see ``dispatch_compile._hooks`` for how. Every other op, and every call that cannot be compiled
-    rightly, behaves as if there were no mode. A mode may be entered again and again, also while it is entered, and
-    on several threads. Of nested modes the innermost that selects the op decides.
+    Scope is the ``with`` block, and the thread or the task of an event loop that entered it. Calls are caught wherever
+    they are made, also inside opaque custom ops at any depth; see ``dispatch_compile._hooks`` for how. Every other op,
+    and every call that cannot be compiled rightly, behaves as if there were no mode. A mode may be entered again and
+    again, also while it is entered, and on several threads. Of nested modes the innermost that selects the op decides.
 
     Make one mode and keep it: a new mode has a new cache unless it is given one.
 
@@ -102,21 +102,18 @@ class DispatchCompileMode(TorchDispatchMode):
         self._sync()
 
     def __enter__(self) -> DispatchCompileMode:
-        if self.trace is not None or self._outdated():
-            self._sync()
+        self.look_for_ops()
         if self.interception == EVERY_OP:
             super().__enter__()
-        active.push(self)
+        enter(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not active.stack or active.stack[-1] is not self:
-            raise RuntimeError("DispatchCompileMode: modes must be left in the reverse order of entering")
-        active.pop()
+        leave(self)
         if self.interception == EVERY_OP:
-            super().__exit__(kind, error, traceback)
+            self._leave_torchs_stack()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -137,12 +134,30 @@ class DispatchCompileMode(TorchDispatchMode):
         finally:
             super().__exit__(None, None, None)
 
+    def _leave_torchs_stack(self) -> None:
+        """Be off torch's stack of modes, whatever was put on it since: torch takes off what is on top."""
+        if not any(self is mode for mode in torchs_modes()):
+            raise RuntimeError(
+                "DispatchCompileMode: a mode whose trace records every op must be left on the thread that entered it, "
+                "and not in the body of an op"
+            )
+        inner = []
+        while (mode := torchs_modes()[-1]) is not self:
+            TorchDispatchMode.__exit__(mode, None, None, None)
+            inner.append(mode)
+        super().__exit__(None, None, None)
+        for mode in reversed(inner):
+            TorchDispatchMode.__enter__(mode)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """See an op that is not caught further down; change nothing. Only with interception of every op."""
+        """See an op that is not caught further down; change nothing. Only with interception of every op.
+
+        torch's stack belongs to the thread, so ops of tasks that are not in the mode come this way as well.
+        """
         kwargs = kwargs or {}
-        if self.trace is None or _hooks.caught(func):
+        if self.trace is None or _hooks.caught(func) or self not in active_modes():
             return func(*args, **kwargs)
         call = self.trace.begin(OpCall, full_name(func), args, kwargs)
         try:
@@ -282,6 +297,11 @@ class DispatchCompileMode(TorchDispatchMode):
         overload = _registry.overload_of(op, "explain")
         self._sync()
         return explanation_of(self, overload, args, kwargs)
+
+    def look_for_ops(self) -> None:
+        """Catch the ops of sources that do not say when these change, if they have changed."""
+        if self.trace is not None or self._outdated():
+            self._sync()
 
     def _outdated(self) -> bool:
         """Whether a source that does not say when its ops change has other ops than when they were last looked at."""

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar, overload
 import torch
 
 from . import _registry
-from ._active import active
+from ._active import innermost_entry
 from ._callee import Callee
 from ._fork import freed_in_children
 from ._intercept import run_function
@@ -194,18 +194,21 @@ class Native:
 
     def caller(self) -> Callable[..., Any]:
         """The function that takes the place of the decorated one."""
-        fn, number, thread = self.fn, self.number, active
+        fn, number, innermost = self.fn, self.number, innermost_entry
 
         @functools.wraps(fn)
         def native(*args: Any, **kwargs: Any) -> Any:
-            if is_dynamo_compiling() or not thread.stack:
+            if is_dynamo_compiling():
+                return fn(*args, **kwargs)
+            entry = innermost()
+            if entry.mode is None and entry.outside is None:
                 return fn(*args, **kwargs)
             if self.impl.outside:
                 try:
                     args = (*self.outside(), *args)
                 except (ValueError, KeyError):
                     return fn(*args, **kwargs)
-            mode = thread.untraced
+            mode = entry.untraced
             if mode is not None and not profiler._is_profiler_enabled:
                 route = mode.routes.get(number)
                 table = None if route is None else route.last[1]

@@ -12,6 +12,7 @@ import torch
 from torch.library import infer_schema
 
 from ._errors import DispatchCompileWarning
+from ._fork import freed_in_children
 from ._hooks import hookable
 from ._torch_private import OpOverload, OpOverloadPacket, has_kernel
 
@@ -109,7 +110,7 @@ class NativeOp:
 
 
 add_source(lambda: NativeOp.registry.values())
-_registry_lock = threading.Lock()
+_registry_lock = freed_in_children(threading.Lock())
 
 
 class NativeHandle:

@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar
 
 import torch
 
+from ._fork import freed_in_children
 from ._summary import Summary, TensorNumbers, summary_of, text_of
 from ._trace_summary import table_of
 
@@ -184,7 +185,7 @@ class Trace:
         self._ids = ids
         self._stacks = stacks
         self._stream = stream
-        self._lock = threading.Lock()
+        self._lock = freed_in_children(threading.Lock())
         self._calls: deque[OpCall] = deque(maxlen=max_events)
         self._threads = 0
         self._of_thread = _OfThread()

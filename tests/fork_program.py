@@ -1,8 +1,4 @@
-"""Programs for fresh processes, which fork. ``test_fork.py`` runs them, each by its name, and reads what they print.
-
-The number of OpenMP's threads is one: GNU's OpenMP hangs in the child of a process in which it ran on several, with
-any code, compiled or not.
-"""
+"""Programs for fresh processes, which fork. ``test_fork.py`` runs them, each by its name, and reads what they print."""
 
 from __future__ import annotations
 
@@ -13,15 +9,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from locks import locks_of_the_package
 from support import GatedBackend
 from torch import Tensor
+from torch.library import Library
 
 import dispatch_compile as dc
-from dispatch_compile import _background, _cache, _fork, _hooks
+from dispatch_compile import _background, _fork
 
 X = torch.arange(12.0).reshape(4, 3)
 
@@ -137,13 +136,20 @@ def while_compiling_for_long() -> Any:
     return reported, told(mode)[-1]
 
 
+library = Library("fork_program", "FRAGMENT")
+library.define("copied(Tensor x) -> Tensor")
+library_op = torch.ops.fork_program.copied
+
+
 def while_locks_are_held() -> Any:
     """Another thread holds every lock that a call, or a new mode, takes for a moment."""
     mode, held, release = mode_with("eager"), threading.Event(), threading.Event()
     call(mode, twice_op)
 
     def hold() -> None:
-        with _hooks._lock, _cache._lock, _background._lock, mode._sync_lock:
+        with ExitStack() as all_of_them:
+            for lock in locks_of_the_package():
+                all_of_them.enter_context(lock)
             held.set()
             release.wait()
 
@@ -154,6 +160,7 @@ def while_locks_are_held() -> Any:
         mode.trace.clear()
         call(mode, twice_op)
         dc.register_op(copied)
+        dc.register_native(library_op, copied).remove()
         other = mode_with("eager", on_new="background")
         call(other, thrice_op)
         assert other.cache.wait(60)
@@ -215,5 +222,5 @@ def with_multiprocessing() -> Any:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)  # in the child of a process in which it ran on several, GNU's OpenMP hangs by itself
     print(json.dumps(globals()[sys.argv[1]]()))

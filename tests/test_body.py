@@ -5,7 +5,10 @@ This module's annotations are text, which ``torch.library`` must still be able t
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -325,7 +328,47 @@ def test_config_of_the_wrong_type():
         dc.compile_natives(config={"backend": "eager"})
 
 
-@pytest.mark.parametrize("thing", [3, "body", torch.ones(2)])
+@pytest.mark.parametrize("thing", [3, "body", torch.ones(2), torch.nn.Linear])
 def test_decorating_what_is_no_function(thing):
-    with pytest.raises(TypeError, match="cannot decorate"):
-        dc.compile_natives(thing)
+    for decorate in (dc.compile_natives, dc.compile_natives(mode=dc.DispatchCompileMode()), dc.inherit_modes):
+        with pytest.raises(TypeError, match="is not a function"):
+            decorate(thing)
+
+
+async def coroutine() -> None: ...
+
+
+def generator() -> Iterator[None]:
+    yield
+
+
+async def async_generator() -> AsyncIterator[None]:
+    yield
+
+
+class AsyncCallable:
+    async def __call__(self) -> None: ...
+
+    async def method(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("fn", "kind"),
+    [
+        (coroutine, "an async function"),
+        (generator, "a generator function"),
+        (async_generator, "an async generator function"),
+        (functools.partial(coroutine), "an async function"),
+        (torch.inference_mode()(coroutine), "an async function"),
+        (contextmanager(generator), "a generator function"),
+        (AsyncCallable(), "an async function"),
+        (AsyncCallable().method, "an async function"),
+    ],
+)
+def test_decorating_what_runs_after_the_call(fn, kind):
+    """The mode would be left before anything runs in it."""
+    for decorate in (dc.compile_natives, dc.compile_natives(mode=dc.DispatchCompileMode()), dc.inherit_modes):
+        with pytest.raises(
+            TypeError, match=rf"is {kind}, whose body runs after the call has returned; write `with mode:`"
+        ):
+            decorate(fn)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import fork_program
 import pytest
+import torch
+from locks import import_the_package, locks_in, locks_of_the_package
+from support import EAGER
+
+import dispatch_compile as dc
+from dispatch_compile import _cache, _fork
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -56,3 +64,67 @@ def test_a_child_compiles_in_a_background_of_its_own(tmp_path):
 
 def test_processes_of_multiprocessing(tmp_path):
     assert result_of("with_multiprocessing", tmp_path) == {"fork": [REUSED, NEW], "spawn": [NEW, NEW]}
+
+
+# ---- Locks: a child finds free what another thread held
+
+
+def test_every_lock_of_the_package_is_freed_in_children(counted):
+    """Whoever adds a lock, and does not make it with ``freed_in_children``, gets to know here."""
+    import_the_package()
+    mode = dc.DispatchCompileMode(config=EAGER, trace=True)
+    with mode:
+        counted(torch.ones(4, 3))
+    found = locks_of_the_package()
+    assert {id(lock) for lock in (mode.trace._lock, mode._sync_lock, _cache._lock)} <= set(map(id, found))
+    assert len(found) >= 9
+    not_freed = [lock for lock in found if lock not in _fork._locks]
+    assert not_freed == [], [gc.get_referrers(lock) for lock in not_freed]
+
+
+MODULE_WITH_LOCKS = """
+import collections, functools, queue, threading, weakref
+in_module = threading.Lock()
+nested = {"a": [(1, {"b": collections.deque([threading.RLock()])})]}
+waits = threading.Condition()
+waiting = queue.Queue()
+def closes_over(lock=threading.Lock()):
+    in_closure = threading.Lock()
+    def inner():
+        return in_closure
+    return functools.partial(inner)
+closed = closes_over()
+class Holder:
+    of_class = threading.Lock()
+    __slots__ = ("own",)
+    def __init__(self):
+        self.own = threading.Lock()
+class Other:
+    @functools.wraps(closed)
+    def method(self): ...
+    def __init__(self):
+        self.__dict__["own"] = threading.RLock()
+others = weakref.WeakSet()
+"""
+
+
+def test_locks_are_found_wherever_they_are():
+    module = types.ModuleType("module_with_locks")
+    exec(MODULE_WITH_LOCKS, vars(module))
+    sys.modules[module.__name__] = module
+    try:
+        held = [module.Holder(), module.Other()]
+        found = list(locks_in([module.__name__]))
+    finally:
+        del sys.modules[module.__name__]
+    expected = [
+        module.in_module,
+        module.nested["a"][0][1]["b"][0],
+        module.waits._lock,
+        module.waiting.mutex,
+        module.closes_over.__defaults__[0],
+        module.closed(),
+        module.Holder.of_class,
+        *(thing.own for thing in held),
+    ]
+    assert set(map(id, expected)) == set(map(id, found))

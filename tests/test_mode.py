@@ -136,19 +136,26 @@ def test_left_when_the_body_raises(counted):
     assert mode.cache.stats().hits == 1
 
 
-def test_left_in_the_wrong_order():
-    outer, inner = eager_mode(), eager_mode()
-    outer.__enter__()
-    inner.__enter__()
-    with pytest.raises(RuntimeError, match="reverse order of entering"):
-        outer.__exit__(None, None, None)
-    inner.__exit__(None, None, None)
-    outer.__exit__(None, None, None)
+@pytest.mark.parametrize("trace", [False, True])
+def test_left_in_another_order(counted, trace):
+    first, second, third = eager_mode(), eager_mode(trace=trace), eager_mode()
+    for mode in (first, second, third):
+        mode.__enter__()
+    hits = []
+    for mode in (second, third, first):
+        mode.__exit__(None, None, None)
+        counted(torch.ones(4, 3))
+        hits.append([each.cache.stats().hits for each in (first, second, third)])
+    assert hits == [[0, 0, 1], [1, 0, 1], [1, 0, 1]]
 
 
 def test_left_without_being_entered():
-    with pytest.raises(RuntimeError, match="reverse order of entering"):
-        eager_mode().__exit__(None, None, None)
+    mode = eager_mode()
+    with mode:
+        pass
+    for left in (mode, eager_mode()):
+        with pytest.raises(RuntimeError, match="left where it was not entered"):
+            left.__exit__(None, None, None)
 
 
 def test_inner_configuration_wins(counted):

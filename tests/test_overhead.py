@@ -52,6 +52,7 @@ def test_an_intercepted_call_runs_nothing_but_dispatch_guard_and_code():
      (C)
     kernel
       get (C)
+      get (C)
       dispatch
       call
         len (C)

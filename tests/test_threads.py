@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
@@ -146,66 +145,6 @@ def test_an_exception_in_a_worker_leaves_the_mode(mode, counted):
         runs = counted.python_runs
         pool.submit(counted, torch.randn(4, 3)).result()
     assert counted.python_runs == runs + 1
-
-
-# ---- asyncio: the tasks of an event loop share its thread, and a mode is the thread's, not the task's
-
-
-def test_all_tasks_of_a_loop_in_a_mode_are_in_it(mode, counted):
-    x = torch.randn(4, 3)
-
-    async def call() -> Tensor:
-        await asyncio.sleep(0)
-        return counted(x)
-
-    async def main() -> list[Tensor]:
-        return await asyncio.gather(call(), call(), asyncio.to_thread(counted, x))
-
-    with mode:
-        results = asyncio.run(main())
-    assert_same(results, [counted(x)] * 3)
-    assert mode.cache.stats().hits == 2, "the call on a thread of the executor is none of the loop's thread"
-
-
-def test_a_task_that_waits_in_a_mode_leaves_other_tasks_in_it(mode, counted):
-    async def waits(entered: asyncio.Event, go_on: asyncio.Event) -> None:
-        with mode:
-            entered.set()
-            await go_on.wait()
-
-    async def main() -> None:
-        entered, go_on = asyncio.Event(), asyncio.Event()
-        task = asyncio.create_task(waits(entered, go_on))
-        counted(torch.randn(4, 3))
-        await entered.wait()
-        counted(torch.randn(4, 3))
-        go_on.set()
-        await task
-        counted(torch.randn(4, 3))
-
-    asyncio.run(main())
-    assert mode.cache.stats().hits == 1
-
-
-def test_tasks_whose_modes_interleave_are_told(counted):
-    """The one that leaves first finds the other's mode on top. Awaiting inside a mode is for one task at a time."""
-    first, second = dc.DispatchCompileMode(config=EAGER), dc.DispatchCompileMode(config=EAGER)
-
-    async def waits(mode: dc.DispatchCompileMode, turns: int) -> None:
-        with mode:
-            for _ in range(turns):
-                await asyncio.sleep(0)
-
-    async def main() -> list[Any]:
-        return await asyncio.gather(waits(first, 1), waits(second, 2), return_exceptions=True)
-
-    told, fine = asyncio.run(main())
-    assert isinstance(told, RuntimeError)
-    assert "reverse order of entering" in str(told)
-    assert fine is None
-    first.__exit__(None, None, None)  # it could not be left before
-    counted(torch.randn(4, 3))
-    assert first.cache.stats().hits == second.cache.stats().hits == 0
 
 
 # ---- Autograd

@@ -115,7 +115,7 @@ def test_disabling_undoes_it(block):
 def test_enabling_again_gives_the_same_mode():
     enabled = dc.vllm.enable(EAGER)
     assert dc.vllm.enable(dc.CompileConfig(backend="eager")) is enabled
-    with pytest.raises(RuntimeError, match=r"another config; call disable\(\)"):
+    with pytest.raises(RuntimeError, match=r"another config is enabled; call disable\(\)"):
         dc.vllm.enable()
     dc.vllm.disable()
     assert dc.vllm.enable() is not enabled
@@ -197,8 +197,8 @@ logging.basicConfig(level=logging.WARNING)
 vllm.plugins.load_general_plugins()
 from vllm_support import made, silu_and_mul, vllm_config
 import dispatch_compile as dc
-from dispatch_compile.vllm import _default_mode
-mode = _default_mode.mode
+from dispatch_compile._active import mode_everywhere
+mode = mode_everywhere()
 if mode is not None:
     made(silu_and_mul, vllm_config({mode!r}))(torch.randn(4, 8))
 print("calls", mode and mode.cache.stats().hits)

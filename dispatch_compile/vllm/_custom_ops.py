@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._active import active
+from .._active import active_modes
+from .._fork import freed_in_children
+from .._intercept import route_of
 from .._ir import NATIVE
-from .._mode import current_mode
 from .._route import not_in_providers
-from . import _default_mode
 from ._configuration import NotAnOp
 from ._forward_op import ForwardOp, forward_op
 from ._required import required
@@ -53,15 +53,8 @@ class _Forward:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # is_compiling() would also be true while another thread compiles
             return self._vllms_own(*args, **kwargs)
-        if current_mode() is not None:
-            return self._run_in_mode(args, kwargs)
-        mode = _default_mode.mode
-        if mode is None:
+        if not active_modes():
             return self._vllms_own(*args, **kwargs)
-        with mode:
-            return self._run_in_mode(args, kwargs)
-
-    def _run_in_mode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         try:
             op = self._current_op(args, kwargs)
             if op is not None and _is_compiled(op):
@@ -112,13 +105,10 @@ def _is_plain(argument: Any) -> bool:
 
 def _is_compiled(op: ForwardOp) -> bool:
     """Whether the mode that catches the op, if any does, compiles native implementations; if not, that is counted."""
-    for mode in reversed(active.stack):
-        route = mode.routes.get(op.name)
-        if route is not None:
-            if NATIVE in mode.config.providers:
-                return True
-            route.counters.stepped_aside(not_in_providers(op.dispatch(), mode.config))
-            return False
+    route = route_of(active_modes(), op.name)
+    if route is None or NATIVE in route.config.providers:
+        return route is not None
+    route.counters.stepped_aside(not_in_providers(op.dispatch(), route.config))
     return False
 
 
@@ -136,7 +126,7 @@ def _adopted(instance: nn.Module, method: Callable[..., Any]) -> Callable[..., A
 
 _handles: set[CatchHandle] = set()
 _catching = ExitStack()  # what the last handle's remove() undoes
-_lock = threading.Lock()
+_lock = freed_in_children(threading.Lock())
 
 
 class CatchHandle:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.library import Library
 
 from .. import _registry
+from .._fork import freed_in_children
 from .._ir import NATIVE, _weakly
 from .._registry import NativeOp
 from .._torch_private import OpOverload
@@ -65,7 +66,7 @@ def _new_results_of(native: Native, results: Results) -> Callable[..., Any]:
 
 _ops: weakref.WeakValueDictionary[Hashable, ForwardOp] = weakref.WeakValueDictionary()
 _names: set[str] = set()  # of all ops made, so that no name comes back
-_lock = threading.Lock()
+_lock = freed_in_children(threading.Lock())
 
 
 def forward_ops() -> Iterable[ForwardOp]:

@@ -11,25 +11,26 @@ from typing import Any
 
 import torch
 
+from .. import _enable as process
+from .._active import mode_everywhere
 from .._config import CompileConfig
-from .._mode import DispatchCompileMode, current_mode
-from . import _default_mode
+from .._mode import DispatchCompileMode
 from ._custom_ops import catch_custom_ops
 from ._required import missing, required
 from ._settings import compilation_off, log, warn_if_not_wrapped
 
 ENVIRONMENT_VARIABLE = "DISPATCH_COMPILE_VLLM"
 _PURPOSE = "catch its IR ops on every thread"
-_enabled = ExitStack()  # what disable() undoes
+_undo: ExitStack | None = None  # what disable() does, after enable()
+_enabled: DispatchCompileMode | None = None  # the process's mode, if enable() has put it there
 
 
 def enable(config: CompileConfig | None = None) -> DispatchCompileMode | None:
     """Run vLLM's IR ops and ``CustomOp`` layers compiled in this process, wherever torch.compile does not see them.
 
-    Call it in the process that runs the model, before or after the model is made. A mode belongs to a thread, but vLLM
-    may run a model on others than the one that calls this: on one for each microbatch, or on an executor's. And the
-    bodies of opaque ops cannot be wrapped once they are registered. So the mode is entered where each call starts, in
-    the layer or the op, if its thread is in no mode; a mode that you enter yourself goes first.
+    Call it in the process that runs the model, before or after the model is made. It is
+    :func:`dispatch_compile.enable` and :func:`catch_custom_ops`: vLLM may run a model on other threads than the one
+    that calls this, on one for each microbatch, or on an executor's. A mode that you enter yourself goes first.
 
     Args:
         config: how to compile; :class:`CompileConfig` has the defaults.
@@ -40,32 +41,36 @@ def enable(config: CompileConfig | None = None) -> DispatchCompileMode | None:
 
     Raises:
         ImportError: vLLM is not installed.
-        RuntimeError: it is enabled already with another configuration; or this vLLM has changed, and the text says how.
+        RuntimeError: a mode with another configuration is enabled; or this vLLM has changed, and the text says how.
     """
+    global _enabled, _undo
     config = config or CompileConfig()
-    enabled = _default_mode.mode
-    if enabled is not None:
-        if enabled.config != config:
-            raise RuntimeError("dispatch_compile.vllm is enabled with another config; call disable() first")
-        return enabled
+    mode = mode_everywhere()
+    if mode is not None and mode.config != config:
+        raise RuntimeError("dispatch_compile.vllm.enable: a mode with another config is enabled; call disable() first")
     reason = compilation_off()
     if reason is not None:
         log.warning("dispatch_compile.vllm.enable() does nothing: %s", reason)
         return None
-    mode = DispatchCompileMode(config=config)
-    with ExitStack() as undo:
-        undo.callback(catch_custom_ops().remove)
-        _catch_ir_ops(undo)
-        _enabled.push(undo.pop_all())
-    _default_mode.mode = mode
-    log.info("vLLM's IR ops and CustomOp layers run compiled where torch.compile does not see them")
+    if _undo is None:
+        with ExitStack() as undo:
+            undo.callback(catch_custom_ops().remove)
+            _watch_ir_ops(undo)
+            _undo = undo.pop_all()
+        log.info("vLLM's IR ops and CustomOp layers run compiled where torch.compile does not see them")
+    if mode is None:
+        mode = _enabled = process.enable(config=config)
     return mode
 
 
 def disable() -> None:
     """Undo :func:`enable`; nothing if it is not enabled. What was compiled is freed with the mode."""
-    _default_mode.mode = None
-    _enabled.close()
+    global _enabled, _undo
+    if _enabled is not None and mode_everywhere() is _enabled:
+        process.disable()
+    if _undo is not None:
+        _undo.close()
+    _enabled = _undo = None
 
 
 def plugin() -> None:
@@ -78,7 +83,7 @@ def plugin() -> None:
         enable()
 
 
-def _catch_ir_ops(undo: ExitStack) -> None:
+def _watch_ir_ops(undo: ExitStack) -> None:
     try:
         from vllm.ir import op as module
     except ImportError:
@@ -90,19 +95,19 @@ def _catch_ir_ops(undo: ExitStack) -> None:
         if "__call__" not in vars(kind):
             raise missing(kind, "__call__", _PURPOSE)
         undo.callback(setattr, kind, "__call__", kind.__call__)
-        kind.__call__ = _in_default_mode(kind.__call__, module)
+        kind.__call__ = _watched(kind.__call__, module)
 
 
-def _in_default_mode(call: Callable[..., Any], module: ModuleType) -> Callable[..., Any]:
+def _watched(call: Callable[..., Any], module: ModuleType) -> Callable[..., Any]:
+    """The same, with an eye on what nothing tells of: new ops in vLLM's registry, and its torch wrapping."""
+
     @functools.wraps(call)
-    def call_in_mode(op: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or current_mode() is not None:
-            return call(op, *args, **kwargs)
-        mode = _default_mode.mode
-        if mode is None:
-            return call(op, *args, **kwargs)
-        warn_if_not_wrapped(module)
-        with mode:
-            return call(op, *args, **kwargs)
+    def watched_call(op: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            mode = mode_everywhere()
+            if mode is not None:
+                warn_if_not_wrapped(module)
+                mode.look_for_ops()
+        return call(op, *args, **kwargs)
 
-    return call_in_mode
+    return watched_call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,7 @@ class Results:
         new = self.given.count(None)
         return "Tensor" if new == 1 else f"({', '.join(['Tensor'] * new)})"
 
-    @functools.cached_property
+    @property
     def all_new(self) -> bool:
         """Whether the op returns what ``forward_native`` returns."""
         return self.container is None or (self.container is tuple and len(self.given) > 1 and not any(self.given))
