@@ -55,6 +55,26 @@ SHIPPED = {
     "concat_quant_fp8": Shipped(
         ops.concat_quant_fp8, lambda dtype: (random(dtype, 4, 2, 8), random(dtype, 4, 2, 4), SCALE.clone())
     ),
+    "silu_and_mul_quant_fp8_per_token": Shipped(
+        ops.silu_and_mul_quant_fp8_per_token, lambda dtype: (random(dtype, 4, 16),)
+    ),
+    "silu_and_mul_quant_fp8_per_group": Shipped(
+        ops.silu_and_mul_quant_fp8_per_group, lambda dtype: (random(dtype, 3, 256),)
+    ),
+    "rms_norm_quant_fp8_per_token": Shipped(
+        ops.rms_norm_quant_fp8_per_token, lambda dtype: (random(dtype, 4, 16), random(dtype, 16), 1e-6)
+    ),
+    "rms_norm_quant_fp8_per_group": Shipped(
+        ops.rms_norm_quant_fp8_per_group, lambda dtype: (random(dtype, 3, 128), random(dtype, 128), 1e-6)
+    ),
+    "fused_add_rms_norm_quant_fp8_per_token": Shipped(
+        ops.fused_add_rms_norm_quant_fp8_per_token,
+        lambda dtype: (random(dtype, 4, 16), random(dtype, 4, 16) * 2, random(dtype, 16), 1e-6),
+    ),
+    "fused_add_rms_norm_quant_fp8_per_group": Shipped(
+        ops.fused_add_rms_norm_quant_fp8_per_group,
+        lambda dtype: (random(dtype, 3, 128), random(dtype, 3, 128) * 2, random(dtype, 128), 1e-6),
+    ),
 }
 
 BARE, IN_LIBRARY_OP, IN_CUSTOM_OP = "bare", "in a library op", "in a custom_op"

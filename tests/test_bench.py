@@ -135,9 +135,9 @@ def rotation(tokens: int = 4):
 
 
 def test_a_compiled_function_that_runs_eagerly_is_found_out():
-    op = CASES["silu_and_mul"].op
+    case = CASES["silu_and_mul"]
     with torch.inference_mode(), PlainMode():
-        peer = peers.TorchCompileInMode("naive", op, peers.all_sizes_dynamic(op)).peer(rotation())
+        peer = peers.TorchCompileInMode("naive", case.op, peers.all_sizes_dynamic(case)).peer(rotation())
         with pytest.raises(proof.Broken, match=r"it ran eagerly: .*aten::mul, .*aten::silu"):
             proof.check_compiled(peer)
 

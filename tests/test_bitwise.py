@@ -71,6 +71,12 @@ def case_differs(
         ("quant_fp8_per_token", FP16, 1024, (1,)),
         ("quant_fp8_per_group", BF16, 1024, MANY),
         ("concat_quant_fp8", BF16, 1024, MANY),
+        ("silu_and_mul_quant_fp8_per_token", BF16, 1024, MANY),
+        ("silu_and_mul_quant_fp8_per_group", FP16, 1024, MANY),
+        ("rms_norm_quant_fp8_per_token", FP16, 1003, (1,)),
+        ("rms_norm_quant_fp8_per_group", BF16, 1024, MANY),
+        ("fused_add_rms_norm_quant_fp8_per_token", FP32, 1003, MANY),
+        ("fused_add_rms_norm_quant_fp8_per_group", BF16, 1024, MANY),
     ],
 )
 def test_shipped_ops_have_the_bits_of_eager(name, dtype, hidden, token_counts, device):

@@ -31,6 +31,17 @@ SHIPPED = {
     "quant_fp8_per_token": lambda tokens: (random(tokens, 16),),
     "quant_fp8_per_group": lambda tokens: (random(tokens, 256),),
     "concat_quant_fp8": lambda tokens: (random(tokens, 2, 8), random(tokens, 2, 4), torch.tensor([0.02])),
+    "silu_and_mul_quant_fp8_per_token": lambda tokens: (random(tokens, 16),),
+    "silu_and_mul_quant_fp8_per_group": lambda tokens: (random(tokens, 256),),
+    "rms_norm_quant_fp8_per_token": lambda tokens: (random(tokens, 16), random(16), 1e-6),
+    "rms_norm_quant_fp8_per_group": lambda tokens: (random(tokens, 256), random(256), 1e-6),
+    "fused_add_rms_norm_quant_fp8_per_token": lambda tokens: (random(tokens, 16), random(tokens, 16) + 1, None, 1e-6),
+    "fused_add_rms_norm_quant_fp8_per_group": lambda tokens: (
+        random(tokens, 256),
+        random(tokens, 256) + 1,
+        random(256),
+        1e-6,
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dispatch_compile import IrOp, ops
+from dispatch_compile.ops.quantization import GROUP
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -80,6 +82,7 @@ class Case:
     Attributes:
         op: the op.
         arguments: makes one call's arguments.
+        parts: the two ops that it is composed of, if it is: the second takes the first result of the first.
         hidden_multiple: what the hidden size must be divisible by.
         reduces: whether it reduces rows, for which Inductor has more than one kind of kernel.
     """
@@ -88,10 +91,36 @@ class Case:
     arguments: Callable[[Inputs], tuple[Any, ...]]
     hidden_multiple: int = 1
     reduces: bool = False
+    parts: tuple[IrOp, ...] = ()
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The op as a function of torch's own ops alone, for those to whom an IR op inside is opaque."""
+        native = self.op.impls["native"].impl_fn
+        if not self.parts:
+            return native
+        first, second = (part.impls["native"].impl_fn for part in self.parts)
+
+        def both(*args: Any) -> Any:
+            result = first(*args)
+            if isinstance(result, Tensor):
+                return second(result)
+            return (*second(result[0]), *result[1:])
+
+        # Dynamo compiles a code object for so many cases, and no more: each has one of its own.
+        both.__code__ = both.__code__.replace(co_name=self.op.name)
+        return functools.update_wrapper(both, native)  # the signature
+
+
+def _composed(op: IrOp, *parts: IrOp) -> Case:
+    """The case of an activation or a norm, and then a quantization."""
+    first = _FIRST[parts[0].name]
+    groups = GROUP if parts[1] is ops.quant_fp8_per_group else 1
+    return Case(op, first.arguments, groups * first.hidden_multiple, reduces=True, parts=parts)
 
 
 # The hidden size is that of the input, also where the output is half as wide.
-CASES = {
+_FIRST = {
     case.op.name: case
     for case in (
         Case(ops.rms_norm, lambda make: (make.activation(), make.weight(), EPSILON), reduces=True),
@@ -101,11 +130,22 @@ CASES = {
             reduces=True,
         ),
         Case(ops.silu_and_mul, lambda make: (make.activation(),), hidden_multiple=2),
+    )
+}
+CASES = _FIRST | {
+    case.op.name: case
+    for case in (
         Case(ops.gelu_and_mul, lambda make: (make.activation(),), hidden_multiple=2),
         Case(ops.quant_fp8_static, lambda make: (make.activation(), make.scale())),
         Case(ops.quant_fp8_per_token, lambda make: (make.activation(),), reduces=True),
         Case(ops.quant_fp8_per_group, lambda make: (make.activation(),), hidden_multiple=128, reduces=True),
         Case(ops.concat_quant_fp8, lambda make: (*make.query(), make.scale()), hidden_multiple=LATENT),
+        _composed(ops.silu_and_mul_quant_fp8_per_token, ops.silu_and_mul, ops.quant_fp8_per_token),
+        _composed(ops.silu_and_mul_quant_fp8_per_group, ops.silu_and_mul, ops.quant_fp8_per_group),
+        _composed(ops.rms_norm_quant_fp8_per_token, ops.rms_norm, ops.quant_fp8_per_token),
+        _composed(ops.rms_norm_quant_fp8_per_group, ops.rms_norm, ops.quant_fp8_per_group),
+        _composed(ops.fused_add_rms_norm_quant_fp8_per_token, ops.fused_add_rms_norm, ops.quant_fp8_per_token),
+        _composed(ops.fused_add_rms_norm_quant_fp8_per_group, ops.fused_add_rms_norm, ops.quant_fp8_per_group),
     )
 }
 DEFAULT_OPS = ("rms_norm", "fused_add_rms_norm", "silu_and_mul", "quant_fp8_per_token")

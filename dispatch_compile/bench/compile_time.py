@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dispatch_compile import IrOp, register_op
+from dispatch_compile import register_op
 
 from .cases import CASES, DTYPES, Case, Inputs, Sizes
 from .child import printed_by, reason
@@ -29,9 +29,9 @@ from .results import CompileTime, Settings
 
 TOKENS = 8
 
-PEERS: Mapping[str, Callable[[IrOp], Contender]] = {
-    OURS: lambda op: Ours(OURS, op),
-    TORCH_COMPILE: lambda op: TorchCompileInMode(TORCH_COMPILE, op, all_sizes_dynamic(op)),
+PEERS: Mapping[str, Callable[[Case], Contender]] = {
+    OURS: lambda case: Ours(OURS, case.op),
+    TORCH_COMPILE: lambda case: TorchCompileInMode(TORCH_COMPILE, case.op, all_sizes_dynamic(case)),
 }
 STATES = ("cold", "warm")
 STEPS = len(PEERS) * len(STATES)
@@ -87,7 +87,7 @@ def _warm_up_case() -> Iterator[Case]:
 
 
 def _first_call(name: str, case: Case, settings: Settings) -> float:
-    way = PEERS[name](case.op)
+    way = PEERS[name](case)
     arguments = case.arguments(Inputs(Sizes(TOKENS, settings.hidden, DTYPES[settings.dtype], settings.device)))
     start = time.perf_counter()
     peer = way.peer([arguments])

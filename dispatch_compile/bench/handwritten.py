@@ -67,7 +67,48 @@ def _quant_fp8_per_group(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
-# By op; concat_quant_fp8 has no kernel that does all of it.
+def _silu_and_mul_quant_fp8_per_group(x: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty(x.shape[0], x.shape[1] // 2, dtype=FP8, device=x.device)
+    scale = torch.empty(x.shape[0], out.shape[1] // GROUP, dtype=torch.float32, device=x.device)
+    torch.ops._C.silu_and_mul_per_block_quant(out, x, scale, GROUP, None, False)
+    return out, scale
+
+
+def _rms_norm_quant_fp8_per_token(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return _norm_per_token(x, None, weight, epsilon)
+
+
+def _fused_add_rms_norm_quant_fp8_per_token(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_norm_per_token(x, residual, weight, epsilon), residual)
+
+
+def _norm_per_token(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    out = torch.empty(x.shape, dtype=FP8, device=x.device)
+    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    torch.ops._C.rms_norm_dynamic_per_token_quant(out, x, weight, scale, epsilon, None, residual)
+    return out, scale
+
+
+def _rms_norm_quant_fp8_per_group(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return _norm_per_group(x, None, weight, epsilon)
+
+
+def _fused_add_rms_norm_quant_fp8_per_group(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_norm_per_group(x, residual, weight, epsilon), residual)
+
+
+def _norm_per_group(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    out = torch.empty(x.shape, dtype=FP8, device=x.device)
+    scale = torch.empty(x.shape[0], x.shape[1] // GROUP, dtype=torch.float32, device=x.device)
+    torch.ops._C.rms_norm_per_block_quant(out, x, weight, scale, epsilon, None, residual, GROUP, False)
+    return out, scale
+
+
+# By op; concat_quant_fp8 and silu_and_mul_quant_fp8_per_token have no kernel that does all of it.
 HANDWRITTEN: dict[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm,
     "fused_add_rms_norm": _fused_add_rms_norm,
@@ -76,4 +117,9 @@ HANDWRITTEN: dict[str, Callable[..., Any]] = {
     "quant_fp8_static": _quant_fp8_static,
     "quant_fp8_per_token": _quant_fp8_per_token,
     "quant_fp8_per_group": _quant_fp8_per_group,
+    "silu_and_mul_quant_fp8_per_group": _silu_and_mul_quant_fp8_per_group,
+    "rms_norm_quant_fp8_per_token": _rms_norm_quant_fp8_per_token,
+    "rms_norm_quant_fp8_per_group": _rms_norm_quant_fp8_per_group,
+    "fused_add_rms_norm_quant_fp8_per_token": _fused_add_rms_norm_quant_fp8_per_token,
+    "fused_add_rms_norm_quant_fp8_per_group": _fused_add_rms_norm_quant_fp8_per_group,
 }

@@ -37,7 +37,7 @@ def run(settings: Settings, with_vllm: bool, progress: Progress) -> Results:
     compilations = {}
     with torch.inference_mode():
         for name in settings.ops:
-            with unwatched(CASES[name].op) as eager:
+            with unwatched(CASES[name]) as eager:
                 ways = contenders(CASES[name], eager.torch_op, settings.device, with_vllm)
                 for tokens in settings.tokens:
                     cases.append(_measure_case(CASES[name], tokens, settings, ways, eager.torch_op, progress))
@@ -47,9 +47,9 @@ def run(settings: Settings, with_vllm: bool, progress: Progress) -> Results:
 
 
 @contextmanager
-def unwatched(op: IrOp) -> Iterator[IrOp]:
-    """The op under another name: while a mode that selects an op exists, the op's calls outside are dearer, too."""
-    twin = register_op(name=f"{op.name}_eager", activations=op.activations)(op.impls["native"].impl_fn)
+def unwatched(case: Case) -> Iterator[IrOp]:
+    """A case's op under another name: while a mode that selects an op exists, its calls outside are dearer, too."""
+    twin = register_op(name=f"{case.op.name}_eager", activations=case.op.activations)(case.plain)
     try:
         yield twin
     finally:
@@ -77,7 +77,7 @@ def _measure_case(
     for way in (way for way in ways if way.fewest_tokens <= tokens):
         progress.show(f"{what}: {way.name}")
         try:
-            peer, results[way.name] = _prepared(way, rotation, expected, settings.device)
+            peer, results[way.name] = _prepared(way, case, rotation, expected, settings)
         except Exception as error:  # of whatever kind: the other peers can still be measured
             results[way.name] = PeerResult(error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
             progress.note(f"{what}: {way.name}: {results[way.name].error}")
@@ -100,19 +100,21 @@ def _inputs_needed(moved: int, device: str) -> int:
     return int(max(FEWEST_INPUTS, min(MOST_INPUTS, math.ceil(CACHES_FILLED * cache / moved))))
 
 
-def _prepared(way: Contender, rotation: Sequence[Arguments], expected: Any, device: str) -> tuple[Peer, PeerResult]:
+def _prepared(
+    way: Contender, case: Case, rotation: Sequence[Arguments], expected: Any, settings: Settings
+) -> tuple[Peer, PeerResult]:
     """A peer that has proved itself and is warm, and the memory that it needs."""
     peer = way.peer(rotation)
     with peer.context:
         result = peer.call(*peer.arguments(1)[0])
         if peer.comparable:
-            check_result(result, expected)
+            check_result(result, expected, between=DTYPES[settings.dtype] if case.parts else None)
         del result
         for arguments in peer.arguments(max(WARM_UP_CALLS, len(rotation))):
             peer.call(*arguments)
     if peer.compiled:
         check_compiled(peer)
-    return peer, PeerResult(peak_bytes=_peak_bytes(peer) if device == "cuda" else None)
+    return peer, PeerResult(peak_bytes=_peak_bytes(peer) if settings.device == "cuda" else None)
 
 
 def _peak_bytes(peer: Peer) -> int:

@@ -122,7 +122,7 @@ def run(device: str, hidden: int) -> Results:
 
 
 def _row(case: Case, dtype: str, device: str, hidden: int) -> Row:
-    with unwatched(case.op) as eager:
+    with unwatched(case) as eager:
         ways = [Ours(DEFAULT, case.op), Ours(BITWISE, case.op, CompileConfig(bitwise=True))]
         sizes = [Sizes(tokens, hidden, DTYPES[dtype], device) for tokens in TOKENS]
         distances = {

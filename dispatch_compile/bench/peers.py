@@ -29,6 +29,7 @@ MARK_DYNAMIC = "mark_dynamic in a mode"
 VLLM = "handwritten (vLLM)"
 F_RMS_NORM = "F.rms_norm"
 OURS = "ours"
+APART = "ours, apart"
 CODE_ALONE = "compiled code alone"
 TUNED = "ours, tuned"
 MULTI_KERNEL = "ours, multi-kernel"
@@ -120,6 +121,21 @@ class Ours(Contender):
         raise RuntimeError("nothing was compiled for these arguments")
 
 
+class Apart(Contender):
+    """The ops that a case is composed of, one after the other inside a ``DispatchCompileMode``."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(APART)
+        self._call = case.op.impls["native"].impl_fn
+        self._mode = DispatchCompileMode(ops=case.parts)
+
+    def peer(self, rotation: Sequence[Arguments]) -> Peer:
+        return Peer(self.name, self._call, rotation, self._mode, compiled=True)
+
+    def compilations(self) -> int | None:
+        return self._mode.cache.stats().compiles
+
+
 class CodeAlone(Contender):
     """The code that :class:`Ours` runs, called with its inputs made beforehand: nothing is intercepted or guarded."""
 
@@ -186,16 +202,16 @@ class TorchCompileInMode(Contender):
         return self._compilations
 
 
-def all_sizes_dynamic(op: IrOp) -> Callable[..., Any]:
+def all_sizes_dynamic(case: Case) -> Callable[..., Any]:
     """What vLLM does today: ``torch.compile(native, dynamic=True)``."""
-    function: Callable[..., Any] = torch.compile(op.impls["native"].impl_fn, dynamic=True)
+    function: Callable[..., Any] = torch.compile(case.plain, dynamic=True)
     return function
 
 
-def tokens_marked_dynamic(op: IrOp) -> Callable[..., Any]:
+def tokens_marked_dynamic(case: Case) -> Callable[..., Any]:
     """``torch.compile(native)`` with the token dimension of each activation marked at every call."""
-    compiled = torch.compile(op.impls["native"].impl_fn)
-    activations = op.activation_indices
+    compiled = torch.compile(case.plain)
+    activations = case.op.activation_indices
     mark_dynamic = torch._dynamo.mark_dynamic
 
     def marking(*args: Any) -> Any:
@@ -232,14 +248,17 @@ def contenders(case: Case, eager: Callable[..., Any], device: str, with_vllm: bo
     ours = Ours(OURS, op)
     found: list[Contender] = [
         Calling(EAGER, eager),
-        TorchCompileInMode(TORCH_COMPILE, op, all_sizes_dynamic(op)),
-        TorchCompileInMode(MARK_DYNAMIC, op, tokens_marked_dynamic(op)),
+        TorchCompileInMode(TORCH_COMPILE, op, all_sizes_dynamic(case)),
+        TorchCompileInMode(MARK_DYNAMIC, op, tokens_marked_dynamic(case)),
     ]
     if with_vllm and op.name in HANDWRITTEN:
         found.append(Calling(VLLM, HANDWRITTEN[op.name], own_arguments=True))
     if op.name == "rms_norm":
         found.append(Calling(F_RMS_NORM, _f_rms_norm))
-    found += [ours, CodeAlone(ours)]
+    found.append(ours)
+    if case.parts:
+        found.append(Apart(case))
+    found.append(CodeAlone(ours))
     if device == "cuda":
         # Tuning is for many tokens. For one it would compile once more, and gain nothing.
         tuned, multi_kernel = {"coordinate_descent_tuning": True}, {"triton.multi_kernel": 1}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .peers import (
+    APART,
     CODE_ALONE,
     COPY,
     EAGER,
@@ -33,6 +34,7 @@ STYLES: dict[str, dict[str, Any]] = {
     F_RMS_NORM: {"color": "#CC79A7", "marker": "v"},
     CODE_ALONE: {"color": "#E69F00", "marker": "x", "linestyle": ":"},
     OURS: {"color": "#D55E00", "marker": "o", "linewidth": 2.5},
+    APART: {"color": "#F0E442", "marker": "h"},
     TUNED: {"color": "#D55E00", "marker": "P", "linestyle": "--"},
     MULTI_KERNEL: {"color": "#D55E00", "marker": "*", "linestyle": "-."},
     TUNED_MULTI_KERNEL: {"color": "#D55E00", "marker": "d", "linestyle": ":"},
@@ -44,6 +46,7 @@ LABELS = {
     COPY: "limit: a copy of as many bytes",
     TORCH_COMPILE: "torch.compile(dynamic=True) in a mode",
     MARK_DYNAMIC: "torch.compile and mark_dynamic in a mode",
+    APART: "ours: the ops it is composed of, one by one",
     CODE_ALONE: "ours without interception: the compiled code alone",
 }
 PANEL, LEGEND_ENTRY, MARGIN = (3.6, 3.4), 3.6, 1.2  # inches

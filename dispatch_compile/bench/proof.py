@@ -46,8 +46,12 @@ def check_compiled(peer: Peer) -> None:
         raise Broken(f"it ran eagerly: {', '.join(computing)}")
 
 
-def check_result(result: Any, expected: Any) -> None:
+def check_result(result: Any, expected: Any, between: torch.dtype | None = None) -> None:
     """Compare with the eager result.
+
+    Args:
+        result, expected: what was given, and what eager gives.
+        between: the dtype that values are rounded to on the way to the result; None if nothing is rounded.
 
     Raises:
         Broken: they differ by more than rounding.
@@ -55,16 +59,15 @@ def check_result(result: Any, expected: Any) -> None:
     for i, (one, other) in enumerate(zip(tensors(result), tensors(expected), strict=True)):
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             raise Broken(f"result {i} is {one.dtype} {tuple(one.shape)}, not {other.dtype} {tuple(other.shape)}")
-        difference = _difference(one, other)
+        difference = _difference(one, other, between or other.dtype)
         if difference is not None:
             raise Broken(f"result {i} differs from eager: {difference}")
 
 
-def _difference(one: Tensor, other: Tensor) -> str | None:
+def _difference(one: Tensor, other: Tensor, between: torch.dtype) -> str | None:
+    rtol, atol = (max(allowed[other.dtype], allowed[between]) for allowed in (RTOL, ATOL))
     try:
-        torch.testing.assert_close(
-            one.to(torch.float32), other.to(torch.float32), rtol=RTOL[other.dtype], atol=ATOL[other.dtype]
-        )
+        torch.testing.assert_close(one.to(torch.float32), other.to(torch.float32), rtol=rtol, atol=atol)
     except AssertionError as error:
         return " ".join(str(error).split())
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .peers import (
+    APART,
     CODE_ALONE,
     COPY,
     EAGER,
@@ -31,6 +32,7 @@ RATIOS = {
         (OURS, MARK_DYNAMIC),
         (OURS, VLLM),
         (OURS, F_RMS_NORM),
+        (OURS, APART),
         (OURS, CODE_ALONE),
         (OURS, COPY),
     ),
@@ -39,13 +41,17 @@ RATIOS = {
         (OURS, TORCH_COMPILE),
         (OURS, MARK_DYNAMIC),
         (OURS, VLLM),
+        (OURS, APART),
         (TUNED, VLLM),
         (MULTI_KERNEL, VLLM),
         (TUNED_MULTI_KERNEL, VLLM),
         (OURS, COPY),
     ),
 }
-MAIN_RATIOS = {HOST: ((OURS, EAGER), (OURS, TORCH_COMPILE)), DEVICE: ((OURS, TORCH_COMPILE), (OURS, VLLM))}
+MAIN_RATIOS = {
+    HOST: ((OURS, EAGER), (OURS, TORCH_COMPILE), (OURS, APART)),
+    DEVICE: ((OURS, TORCH_COMPILE), (OURS, VLLM), (OURS, APART)),
+}
 NOTHING = "-"
 
 

@@ -17,7 +17,7 @@ import torch
 
 from dispatch_compile import DispatchCompileMode, IrOp, NativeCache
 
-from .cases import CASES, Inputs, Sizes
+from .cases import CASES, Case, Inputs, Sizes
 
 TOKENS, HIDDEN = 8, 4096
 
@@ -49,8 +49,8 @@ class Ours:
 class TorchCompile:
     """The op's native implementation in ``torch.compile(dynamic=True)``."""
 
-    def __init__(self, op: IrOp) -> None:
-        self.call: Callable[..., Any] = torch.compile(op.impls["native"].func_impl_fn, dynamic=True, fullgraph=True)
+    def __init__(self, case: Case) -> None:
+        self.call: Callable[..., Any] = torch.compile(case.plain, dynamic=True, fullgraph=True)
 
     def context(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -65,7 +65,7 @@ def main() -> None:
     name, op, device, file = sys.argv[1:]
     torch.set_num_threads(1)
     arguments = CASES[op].arguments(Inputs(Sizes(TOKENS, HIDDEN, torch.bfloat16, device)))
-    way = TorchCompile(CASES[op].op) if name == TORCH_COMPILE else Ours(CASES[op].op, file, load=name == LOADED)
+    way = TorchCompile(CASES[op]) if name == TORCH_COMPILE else Ours(CASES[op].op, file, load=name == LOADED)
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
