@@ -41,4 +41,4 @@ __all__ = [
     "register_op",
 ]
 
-_registry.add_source(vllm.ir_ops, poll=vllm.registered_ir_ops)
+_registry.add_source(vllm.ir_ops, poll=vllm.registered_ir_ops, called_through_torch=vllm.ir_ops_called_through_torch)

@@ -19,6 +19,7 @@ import torch
 from . import _saved_file
 from ._compilation import Code
 from ._errors import warn
+from ._inlining import Composition
 from ._origin import CannotSave, Origin, digest, now
 from ._programs import Program, program_of
 from ._saved_file import ArtifactError
@@ -55,6 +56,8 @@ class Artifact:
     result: str
     symbolic_shapes: str
     written: tuple[str, ...]
+    fused: Mapping[str, str]  # as in a Composition, and so is the next
+    asked: tuple[str, ...]
 
     @staticmethod
     def of(origin: Origin | str, key: Hashable, code: Code) -> Artifact:
@@ -80,8 +83,22 @@ class Artifact:
             raise CannotSave("its result has classes of its own")
         if code.written and program.realigned:
             raise CannotSave("it writes to arguments, which are copied where they are not aligned")
+        composition = code.composition
+        if composition.left:
+            raise CannotSave(f"it calls {', '.join(composition.left)}")
+        undescribed = sorted(set(composition.asked).difference(origin.ops.split()))
+        if undescribed:
+            raise CannotSave(f"it calls {', '.join(undescribed)} in a way that another process cannot compare")
         fields = {name: getattr(code, name) for name in _CODE_FIELDS}
-        return Artifact(origin, key_text(key), program.environment(), program, **fields)
+        return Artifact(
+            origin,
+            key_text(key),
+            program.environment(),
+            program,
+            **fields,
+            fused=composition.fused,
+            asked=composition.asked,
+        )
 
     @property
     def identity(self) -> tuple[Hashable, ...]:
@@ -100,7 +117,8 @@ class Artifact:
     def code(self) -> Code:
         """Load the code."""
         fields = {name: getattr(self, name) for name in _CODE_FIELDS}
-        return Code(run=self.program.load(), owner=self.program, **fields)
+        composition = Composition.again(self.fused, self.asked)
+        return Code(run=self.program.load(), owner=self.program, composition=composition, **fields)
 
 
 _CODE_FIELDS = ("call", "source", "shape_guard", "result", "symbolic_shapes", "written")
@@ -230,4 +248,5 @@ def _artifact(item: dict[str, Any]) -> Artifact:
     program = item["program"]
     triton = {name: TritonLaunch(**launch) for name, launch in program["triton"].items()}
     made = Program(**{**program, "triton": triton, "realigned": tuple(program["realigned"])})
-    return Artifact(**{**item, "origin": Origin(**item["origin"]), "program": made})
+    origin, asked = Origin(**item["origin"]), tuple(item["asked"])
+    return Artifact(**{**item, "origin": origin, "program": made, "asked": asked})

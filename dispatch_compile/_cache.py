@@ -127,7 +127,7 @@ class Table:
     def difference(self, made: Specialization) -> str | None:
         """In what a specialization differs from the nearest that there is; None if there is none."""
         others = [known for several in list(self._by_key.values()) for known in several]
-        return difference(made.components, ((other.components, other.guard) for other in others))
+        return difference(made.components, ((other.components, other.why_not()) for other in others))
 
     def why_new(self, made: Specialization) -> str | None:
         """Why a specialization is new, where there are others: what has become dynamic, or the difference."""

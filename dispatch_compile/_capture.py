@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from ._config import CompileConfig
+from ._inlining import NO_CALLS, Composition, Inlining
+from ._ir import Impl
 from ._numbers import WITH_SYMBOLS, NumbersAsTensors
+from ._registry import called_through_torch
 from ._results import Result, result_of
 from ._specialize.arguments import Arguments, Leaf, Learned, Parameters, layout_with, sizes, strides
 from ._specialize.aside import why_special
@@ -55,6 +60,7 @@ class Captured:
     result: Result
     written: tuple[Leaf, ...]  # the arguments that the implementation writes to
     arguments: Arguments
+    composition: Composition  # what became of calls of IR ops
 
     @property
     def inputs(self) -> list[Any]:
@@ -130,14 +136,19 @@ class Captured:
 
 
 def capture(
-    fn: Callable[..., Any], parameters: Parameters, arguments: Arguments, tokens: Mapping[int, int] | None = None
+    impl: Impl,
+    parameters: Parameters,
+    arguments: Arguments,
+    config: CompileConfig,
+    tokens: Mapping[int, int] | None = None,
 ) -> Captured:
-    """Trace ``fn`` for these arguments.
+    """Trace an implementation for these arguments, and with it those of the IR ops that it calls.
 
     Args:
-        fn: the implementation.
+        impl: the implementation.
         parameters: of the op or function.
         arguments: a call's arguments.
+        config: tells which implementations of other ops may be part of the graph.
         tokens: the size to assume for each size of the arguments where the implementation, or the compiler, asks for
             it; the call's own if None. The guards tell whether the graph serves the call.
 
@@ -146,6 +157,25 @@ def capture(
         CannotCapture: the implementation cannot be traced.
         Relearn: it reads of its objects what is not among the leaves.
     """
+    inlining = Inlining(impl, config)
+    with called_through_torch():
+        try:
+            captured = _traced(impl.func_impl_fn, parameters, arguments, tokens, inlining)
+        except (StepAside, CannotCapture) as reason:
+            if not inlining.fuses:
+                raise
+            captured = _traced(impl.func_impl_fn, parameters, arguments, tokens, nullcontext())
+            return replace(captured, composition=inlining.given_up(reason))
+    return replace(captured, composition=inlining.composition())
+
+
+def _traced(
+    fn: Callable[..., Any],
+    parameters: Parameters,
+    arguments: Arguments,
+    tokens: Mapping[int, int] | None,
+    inlining: AbstractContextManager[object],
+) -> Captured:
     shape_env = new_shape_env()
     fake_mode = new_fake_mode(shape_env)
     token_counts, symbols, fakes = _fake_inputs(arguments, shape_env, fake_mode, tokens or {})
@@ -158,7 +188,8 @@ def capture(
         args, kwargs = arguments.rebuilt(arguments.values_with(tensors, given[: len(symbols)]), stand_ins.make)
         shown = [args, kwargs, stand_ins.shown]
         before = contents(shown)
-        returned = fn(*args, **kwargs)
+        with inlining:
+            returned = fn(*args, **kwargs)
         if contents(shown)[:2] != before[:2]:
             raise StepAside("the implementation changes a list or dictionary that it is given")
         inputs_by_source = {leaf.source: t for leaf, t in zip(arguments.tensors, tensors, strict=True)}
@@ -184,7 +215,7 @@ def capture(
         raise Relearn(Learned(reads=frozenset(stand_ins.unread)))
     _unregister_constants(graph)
     written = _check_graph(graph, parameters, arguments)
-    return Captured(graph, token_counts, symbols, numbers, fakes, shape_env, found[-1], written, arguments)
+    return Captured(graph, token_counts, symbols, numbers, fakes, shape_env, found[-1], written, arguments, NO_CALLS)
 
 
 def _of_bytes(op: OpOverload) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from ._capture import CannotCapture, Captured, capture, first_line, float_tensor
 from ._config import CompileConfig
 from ._difference import Components, components_of, in_names
 from ._inductor_options import options_for
+from ._inlining import NO_CALLS, Composition
 from ._ir import Impl
 from ._layouts import Layout, corrections, eager_layouts, promised_layouts, restrided
 from ._origin import Origin
@@ -74,6 +75,7 @@ class Code:
     result_names: Mapping[str, Any] = field(default_factory=dict)  # what `result` refers to
     owner: object = None  # what takes the code apart when it is freed, or of which it can be made again
     path: str | None = None  # the file that the backend wrote `source` to
+    composition: Composition = NO_CALLS  # what became of calls of IR ops; the code is right while that holds
 
     @property
     def names(self) -> dict[str, Any]:
@@ -101,12 +103,21 @@ class Specialization:
     def of(code: Code, arguments: Arguments, origin: Origin | str) -> Specialization:
         """The specialization of such arguments, for which there is code."""
         guard = in_names(code.shape_guard, arguments)
-        return Specialization(code, components_of(arguments), pattern_of(arguments), guard, origin=origin)
+        components = {**components_of(arguments), **code.composition.components()}
+        return Specialization(code, components, pattern_of(arguments), guard, origin=origin)
 
     def admits(self, arguments: Arguments) -> bool:
-        """Whether the guards on the dynamic sizes hold for arguments that have the key."""
-        guard = None if self.code is None else self.code.shape_guard
-        return holds(guard, arguments, guard_functions(guard))
+        """Whether the guards hold, on dynamic sizes and on the ops called inside, for arguments that have the key."""
+        if self.code is None:
+            return True
+        guard = self.code.shape_guard
+        return self.code.composition.holds() and holds(guard, arguments, guard_functions(guard))
+
+    def why_not(self) -> str:
+        """Why it does not serve a call that has its key."""
+        if self.code is None or self.code.composition.holds():
+            return f"the sizes do not satisfy {self.guard}"
+        return "what the dispatch of the ops inside goes by has changed"
 
     @property
     def writes(self) -> bool:
@@ -128,8 +139,10 @@ class Specialization:
             several = [f"2 <= {leaf.source}.size(0)" for leaf in arguments.tensors if leaf.dynamic]
             return guarded(arguments, " and ".join(several) or None, ["return None"], {}, of_function=of_function)
         code = self.code
-        guard = " and ".join(filter(None, [code.shape_guard, *_separate(code, arguments)])) or None
+        composed = "composition_holds()" if code.composition.asked else None
+        guard = " and ".join(filter(None, [code.shape_guard, *_separate(code, arguments), composed])) or None
         names = {**code.names, "apart": apart, "changed": torch.autograd.graph.increment_version}
+        names["composition_holds"] = code.composition.holds
         counted = [leaf.source for leaf in arguments.tensors if not leaf.value.is_inference()]
         changed = [f"changed({source})" for source in code.written if source in counted]
         result = [f"out = {code.call}", *changed, f"return {code.result}"]
@@ -158,7 +171,7 @@ def specialize(
         wrong = why_wrong(impl, arguments) if isinstance(impl, NativeImpl) else None
         if wrong is not None:
             raise WrongReference(wrong)
-        code = _code_for(impl.func_impl_fn, parameters, arguments, config)
+        code = _code_for(impl, parameters, arguments, config)
     except StepAside as reason:
         return Specialization(None, components_of(arguments), pattern_of(arguments), failure=str(reason))
     except CannotCapture as error:
@@ -217,7 +230,9 @@ def _advice(error: BaseException) -> str | None:
     return None
 
 
-def foresee(name: str, impl: Impl, parameters: Parameters, arguments: Arguments) -> Specialization:
+def foresee(
+    name: str, impl: Impl, parameters: Parameters, arguments: Arguments, config: CompileConfig
+) -> Specialization:
     """What :func:`specialize` would come to, as far as that can be told without compiling. Its code cannot be run.
 
     Raises:
@@ -225,7 +240,7 @@ def foresee(name: str, impl: Impl, parameters: Parameters, arguments: Arguments)
     """
     components, pattern = components_of(arguments), pattern_of(arguments)
     try:
-        captured = capture(impl.func_impl_fn, parameters, arguments)
+        captured = capture(impl, parameters, arguments, config)
     except StepAside as reason:
         return Specialization(None, components, pattern, failure=str(reason))
     except CannotCapture as error:
@@ -233,6 +248,7 @@ def foresee(name: str, impl: Impl, parameters: Parameters, arguments: Arguments)
     finally:
         forget_shape_envs()
     code = _code(captured, _not_compiled)
+    components = {**components, **code.composition.components()}
     return Specialization(code, components, pattern, in_names(code.shape_guard, arguments))
 
 
@@ -240,19 +256,19 @@ def _not_compiled(inputs: list[Any]) -> list[torch.Tensor]:
     raise AssertionError("called before it was compiled")
 
 
-def _code_for(fn: Callable[..., Any], parameters: Parameters, arguments: Arguments, config: CompileConfig) -> Code:
+def _code_for(impl: Impl, parameters: Parameters, arguments: Arguments, config: CompileConfig) -> Code:
     """Code tuned for many tokens, or for the call's own number if the implementation has another graph for many."""
     tokens = _many_tokens(arguments)
     if tokens:
         with suppress(CannotCapture, StepAside):  # many tokens may be what the implementation does not take
-            captured = capture(fn, parameters, arguments, tokens)
+            captured = capture(impl, parameters, arguments, config, tokens)
             if _admits(captured, arguments):
                 code, eager = _compile(captured, config)
                 if _admits(captured, arguments):  # compiling may have added guards
                     _tune(code, arguments)
                     _check_results(code, eager, arguments)
                     return code
-    code, eager = _compile(capture(fn, parameters, arguments), config)
+    code, eager = _compile(capture(impl, parameters, arguments, config), config)
     _check_results(code, eager, arguments)
     return code
 
@@ -366,6 +382,7 @@ def _code(captured: Captured, run: Run, owner: InductorCode | Program | None = N
         result_names=captured.result.names,
         owner=owner,
         path=None if generated is None else generated.path,
+        composition=captured.composition,
     )
 
 

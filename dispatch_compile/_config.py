@@ -113,6 +113,11 @@ class CompileConfig:
         return hash(self._identity)
 
 
+def not_in_providers(provider: str, config: CompileConfig) -> str:
+    """Why a call of an implementation by this provider is not compiled."""
+    return f"provider {provider!r} is not in providers {config.providers}"
+
+
 def _checked_providers(providers: Iterable[str]) -> tuple[str, ...]:
     if isinstance(providers, str):
         raise TypeError(f"CompileConfig: providers is a list of names; write providers=({providers!r},)")

@@ -18,20 +18,20 @@ NOT_GIVEN = "not given"
 _LAYOUT = ("'s shape", "'s stride")
 
 
-def difference(new: Components, others: Iterable[tuple[Components, str | None]]) -> str | None:
+def difference(new: Components, others: Iterable[tuple[Components, str]]) -> str | None:
     """In what a specialization differs from the nearest of the others, the latest of several: ``x is bf16, was f32``;
     None if there are none.
 
     Args:
         new: what its key is made of.
-        others: what the others' keys are made of, and what must hold of the dynamic sizes there.
+        others: what the others' keys are made of, and what does not hold of the call there, for people.
     """
-    differences = [(_differences(new, old), guard) for old, guard in others]
+    differences = [(_differences(new, old), why) for old, why in others]
     if not differences:
         return None
-    nearest, guard = min(reversed(differences), key=lambda each: _distance(each[0]))
+    nearest, why = min(reversed(differences), key=lambda each: _distance(each[0]))
     told = [f"{name} is {now}, was {before}" for name, (now, before) in nearest.items()]
-    return "; ".join(told) or f"the sizes do not satisfy {guard}"
+    return "; ".join(told) or why
 
 
 # What differs, each with the text now and before.

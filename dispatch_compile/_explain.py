@@ -21,13 +21,13 @@ from ._cache import Table
 from ._callee import full_name
 from ._capture import Captured, capture
 from ._compilation import CannotCompile, CannotCompileNow, Specialization, foresee
-from ._config import BACKGROUND, COMPILE, RAISE
+from ._config import BACKGROUND, COMPILE, RAISE, not_in_providers
 from ._difference import argument_components, in_names, state_components
 from ._fork import compiling
 from ._ir import Impl, Op, eager_provider
 from ._making import FROZEN, IN_BACKGROUND, Made, Maker, without_compiler
 from ._origin import Origin
-from ._route import IN_CUDA_GRAPH, Route, captures_cuda_graph, not_in_providers
+from ._route import IN_CUDA_GRAPH, Route, captures_cuda_graph
 from ._specialize.arguments import Arguments, flatten
 from ._specialize.aside import why_aside, why_function_aside, why_own_kind
 from ._specialize.key import key_of
@@ -61,6 +61,8 @@ class Explanation:
         new: whether the call would have to make the specialization: it would be compiled first.
         loaded: whether it would load the specialization, which was saved.
         difference: in what a new specialization differs from the nearest that there is; None if it is the first.
+        fuses: the IR ops called inside whose implementations are part of the graph.
+        not_fused: why not, by op, of the other IR ops called inside.
         arguments: what of the arguments is baked in, by name: ``{"x": "bf16", "x's shape": "[s0, 2048]", ...}``.
         state: what of torch's state is baked in, by name: ``{"grad mode": "on", ...}``.
         size_guard: what must hold of the dynamic sizes, ``2 <= x.size(0)``; None if nothing. Compiling may add to it.
@@ -82,6 +84,8 @@ class Explanation:
     new: bool = False
     loaded: bool = False
     difference: str | None = None
+    fuses: tuple[str, ...] = ()
+    not_fused: Mapping[str, str] = field(default_factory=dict)
     arguments: Mapping[str, str] = field(default_factory=dict)
     state: Mapping[str, str] = field(default_factory=dict)
     size_guard: str | None = None
@@ -107,6 +111,9 @@ class Explanation:
         yield f"specialization: {self.specialization}{f'; {self.difference}' if self.difference else ''}"
         yield from (f"  {line}" for line in self._baked_in())
         yield f"  sizes: {self.size_guard or 'any'}"
+        if self.fuses:
+            yield f"fuses: {', '.join(self.fuses)}"
+        yield from (f"does not fuse {op}: {why}" for op, why in self.not_fused.items())
         yield from _section("guard", self.guard)
         yield from _section("graph", self.graph)
         yield f"generated code: {self._code_place()}"
@@ -267,7 +274,7 @@ class _ExplainingRoute(Route):
         callee = self.callee
         passed = _passed(op, impl, callee.full_name, args[callee.parameters.hidden :], kwargs, None)
         if impl.provider not in self.config.providers:
-            return replace(passed, reason=not_in_providers(impl, self.config))
+            return replace(passed, reason=not_in_providers(impl.provider, self.config))
         table = self.cache.existing_table(impl, self.config) or Table()
         learned, why_new = table.learned, None
         while True:
@@ -319,11 +326,13 @@ class _ExplainingRoute(Route):
             new=new,
             loaded=loaded,
             difference=(why_new or table.difference(made)) if new else None,
+            fuses=tuple(made.code.composition.fused),
+            not_fused=made.code.composition.left,
             arguments=argument_components(arguments),
             state=state_components(),
             size_guard=made.guard,
             guard=made.guarded_call(arguments, of_function=self.callee.is_function).__doc__,
-            graph=_graph_in_names(capture(impl.func_impl_fn, self.callee.parameters, arguments)),
+            graph=_graph_in_names(capture(impl, self.callee.parameters, arguments, self.config)),
             generated_code=made.code.source,
             generated_code_path=made.code.path,
         )
@@ -340,7 +349,7 @@ class _Foreseer(Maker):
     def make_now(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: object) -> Made:
         try:
             with compiling():
-                return foresee(self.callee.name, impl, self.callee.parameters, arguments)
+                return foresee(self.callee.name, impl, self.callee.parameters, arguments, self.config)
         except CannotCompile as error:
             return error
         except NoCompiler as error:

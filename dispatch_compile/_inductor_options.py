@@ -10,17 +10,23 @@ import torch
 from torch.fx import Node
 
 from ._capture import Captured
+from ._opaque import TORCH_NAMESPACES
 from ._torch_private import OpOverload
 
 
 def options_for(captured: Captured) -> dict[str, Any]:
     """The options for a captured graph; those that its treatment asks for, and the user's, come on top of them."""
     return {
-        # Our guards compare every size and stride before the code runs; the code need not do it again.
-        "size_asserts": False,
+        # Our guards compare every size and stride before the code runs, and need not be told again. What ops of other
+        # libraries return inside, only the code can compare with what their fake kernels promised.
+        "size_asserts": any(map(_is_of_other_library, captured.graph.graph.nodes)),
         **_rounding(captured),
         **_bounds_checks(captured),
     }
+
+
+def _is_of_other_library(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.namespace not in TORCH_NAMESPACES
 
 
 def _rounding(captured: Captured) -> Mapping[str, Any]:

@@ -109,6 +109,7 @@ class IrOp:
     """
 
     registry: ClassVar[dict[str, IrOp]] = {}
+    tells_of_changes = True  # by _registry.dispatch_changed()
 
     def __init__(
         self,
@@ -240,7 +241,7 @@ class IrOp:
 
     def set_default(self, priority: Sequence[str]) -> None:
         """Set the priority for the life of the process (see :meth:`set_priority`)."""
-        self._priority = self._resolved(priority)
+        self._prefer(self._resolved(priority))
 
     @contextlib.contextmanager
     def set_priority(self, priority: Sequence[str]) -> Iterator[None]:
@@ -252,11 +253,16 @@ class IrOp:
             ValueError: a provider that is not registered.
         """
         resolved = self._resolved(priority)
-        previous, self._priority = self._priority, resolved
+        previous = self._priority
+        self._prefer(resolved)
         try:
             yield
         finally:
-            self._priority = previous
+            self._prefer(previous)
+
+    def _prefer(self, priority: list[IrOpImpl]) -> None:
+        self._priority = priority
+        _registry.dispatch_changed()
 
     def _resolved(self, priority: Sequence[str]) -> list[IrOpImpl]:
         unknown = [provider for provider in priority if provider not in self.impls]

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -157,6 +157,8 @@ class Maker:
             nanoseconds = time.perf_counter_ns() - start
             if event is not None:
                 event.compile_start, event.compile_nanoseconds = start, nanoseconds
+        if made.code is not None and made.code.composition.asked and self._origin(impl) != origin:
+            made = replace(made, origin="what the ops inside go by changed while it was compiled")
         difference = table.why_new(made)
         table.add(key, made)
         table.postponed = None

@@ -52,7 +52,8 @@ class DispatchCompileMode(TorchDispatchMode):
 
     Args:
         ops: the IR ops to catch: IR op objects, ``OpOverload``s, ``OpOverloadPacket``s, namespace names,
-            ``"ns::name"``; None for every IR op known, now and later.
+            ``"ns::name"``; None for every IR op known, now and later. What their implementations call is fused whether
+            it is among them or not.
         config: how to compile; :class:`CompileConfig` has the defaults.
         cache: where compiled code is kept; by default a new :class:`NativeCache`.
         trace: whether to record what is done with each call, in :attr:`trace`; or the :class:`Trace` to record it in.
@@ -325,6 +326,8 @@ class DispatchCompileMode(TorchDispatchMode):
             _hooks.acquire(fresh, kernel_of)
             self._caught -= gone
             self._caught |= fresh
+            if self._outdated():
+                _registry.dispatch_changed()
             self._polled = [weakref.ref(op) for op in _registry.polled_ops()]
             self.routes = routes
 

@@ -18,7 +18,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,8 +27,10 @@ from typing import Any
 
 import torch
 
+from . import _registry
 from ._config import CompileConfig
 from ._ir import Impl
+from ._registry import implementations_tried, supports_args_of
 from ._torch_private import OpOverload, OpOverloadPacket, inductor_overrides
 
 # The attribute of a function that has what was made of it by ``native``: it lives as long as the function.
@@ -48,6 +50,7 @@ class Origin:
     implementation: str  # digest of everything that it can read
     options: str  # what the user asks of Inductor for this code
     settings: str  # what else the process and its environment ask of Inductor
+    ops: str  # the IR ops that the implementation may call, which are described with it
 
 
 def origin_of(name: str, impl: Impl, config: CompileConfig) -> Origin:
@@ -61,12 +64,15 @@ def origin_of(name: str, impl: Impl, config: CompileConfig) -> Origin:
     function = getattr(impl, "impl_fn", None)
     if function is None or getattr(impl, "inplace", False):
         raise CannotSave("its implementation is not a function of its arguments alone")
+    description = _Description(config.providers)
+    texts = [description.of(function, "the implementation"), *description.ops_of_torch()]
     return Origin(
         op=name,
         provider=impl.provider,
-        implementation=digest(_Description().of(function, "the implementation")),
+        implementation=digest("; ".join(texts)),
         options=_Description().of((config.bitwise, dict(sorted(config.options.items()))), "options"),
         settings=_settings(),
+        ops=" ".join(description.ops),
     )
 
 
@@ -91,8 +97,10 @@ _READ_ANYTHING = frozenset({"__import__", "eval", "exec", "globals", "input", "l
 class _Description:
     """Text that is equal for two values only if an implementation cannot tell them apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, providers: Collection[str] = ()) -> None:
+        self._providers = providers
         self._functions: dict[FunctionType, int] = {}  # functions may call each other
+        self.ops: dict[str, None] = {}  # the IR ops described so far, as ns::name
 
     def of(self, value: Any, where: str) -> str:
         """Describe a value that is found at ``where``, for people."""
@@ -112,10 +120,33 @@ class _Description:
             return self._code(value, where)
         if kind is FunctionType:
             return self._function(value, where)
+        op = _registry.op_meant_by(value)
+        if op is not None:
+            return self._op(op, where)
         name = _versioned_name(value)
         if name is None:
             raise CannotSave(f"{where} is a {kind.__name__}, which another process cannot compare")
         return name
+
+    def ops_of_torch(self) -> Iterator[str]:
+        """Describe the ops of torch that are IR ops here: functions of torch may call them."""
+        for op in _registry.torch_ops():
+            if op.torch_op.namespace in _OPS_OF_TORCH:
+                yield self._op(op, f"op {op.torch_op}")
+
+    def _op(self, op: Any, where: str) -> str:
+        """Describe what a call of an IR op may come to, which is a part of the code if it is to be compiled."""
+        name = op.torch_op._schema.name
+        if name in self.ops:
+            return f"op {name}"
+        self.ops[name] = None
+        tried = [self._impl(impl, f"an implementation of {name}") for impl in implementations_tried(op)]
+        return f"op {op.torch_op._schema} {op.activations} [{'; '.join(tried)}]"
+
+    def _impl(self, impl: Any, where: str) -> str:
+        compiled = impl.provider in self._providers
+        read = (impl.impl_fn if compiled else None, getattr(impl, "inplace", False), supports_args_of(impl))
+        return f"{impl.provider} {compiled} {self.of(read, where)}"
 
     def _function(self, function: FunctionType, where: str) -> str:
         if function in self._functions:
@@ -127,7 +158,7 @@ class _Description:
         else:
             attributes = {name: value for name, value in vars(function).items() if name != NATIVES_OF}
             parts = [self._code(code, where), self.of(attributes, f"an attribute of {where}")]
-            parts += [f"{name} = {self.of(value, name)}" for name, value in _globals_read(function).items()]
+            parts += [f"{name} = {self.of(value, name)}" for name, value in globals_read(function).items()]
         parts.append(self.of((function.__defaults__, function.__kwdefaults__), f"a default of {where}"))
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             parts.append(f"{name} = {self.of(_contents(cell, name), name)}")
@@ -157,11 +188,11 @@ def _contents(cell: CellType, name: str) -> Any:
         raise CannotSave(f"{name} has no value yet") from None
 
 
-def _globals_read(function: FunctionType) -> dict[str, Any]:
+def globals_read(function: FunctionType) -> dict[str, Any]:
     """The globals that a function or a function inside of it reads, and what it reads of modules, by dotted name."""
     scope = {**vars(builtins), **function.__globals__}
     found: dict[str, Any] = {}
-    for code in _nested(function.__code__):
+    for code in nested_code(function.__code__):
         instructions = [each for each in dis.get_instructions(code) if each.opname != "EXTENDED_ARG"]
         for i, instruction in enumerate(instructions):
             if instruction.opname == "IMPORT_NAME":
@@ -192,11 +223,12 @@ def _attribute(name: str, scope: Mapping[str, Any], rest: Iterable[dis.Instructi
     return name, value
 
 
-def _nested(code: CodeType) -> Iterator[CodeType]:
+def nested_code(code: CodeType) -> Iterator[CodeType]:
+    """A code object, and those of the functions inside of it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _nested(constant)
+            yield from nested_code(constant)
 
 
 def _versioned_name(value: Any) -> str | None:

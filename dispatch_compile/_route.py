@@ -18,7 +18,7 @@ from ._callee import Callee
 from ._capture import first_line
 from ._compilation import CannotCompile, CannotCompileNow, Specialization, WrongReference
 from ._config import NATIVE as RUN_NATIVELY
-from ._config import RAISE, CompileConfig
+from ._config import RAISE, CompileConfig, not_in_providers
 from ._difference import components_of
 from ._errors import CompileError, warn
 from ._ir import Impl, Op, eager_provider
@@ -75,7 +75,7 @@ class Route:
         if event is not None:
             event.provider = call.eager_provider
         if table is None:
-            return call.pass_on(not_in_providers(impl, self.config))
+            return call.pass_on(not_in_providers(impl.provider, self.config))
         for entry in table.guarded:
             try:
                 result = self._guarded_call(entry, impl)(args, kwargs)
@@ -130,6 +130,8 @@ class Route:
             result = self._guarded_call(entry, impl)(call.args, call.kwargs)
         except Exception as error:
             return self._run_after_error(call, found.writes, error)
+        if result is MISS:  # a priority has changed since it was found
+            return self._run_eagerly(call, "the dispatch of the ops inside changed while it was compiled")
         return self._finish(call, found, result)
 
     def _learn_what_changes(self, table: Table, arguments: Arguments, learned: Learned) -> None:
@@ -189,7 +191,8 @@ class Route:
             self.counters.hits += 1
             if call.event is not None:
                 new = call.event.compile_start is not None
-                call.event.compiled(call.provider, specialization.code.symbolic_shapes, new)
+                code = specialization.code
+                call.event.compiled(call.provider, code.symbolic_shapes, new, code.composition)
             return result
         reason = specialization.failure or ""
         if specialization.fatal:
@@ -295,11 +298,6 @@ def _warn_once(table: Table, reason: str, text: str) -> None:
 
 
 IN_CUDA_GRAPH = "not compiled yet, and a CUDA graph is being captured"
-
-
-def not_in_providers(impl: Impl, config: CompileConfig) -> str:
-    """Why a call of this implementation is not compiled."""
-    return f"provider {impl.provider!r} is not in providers {config.providers}"
 
 
 def captures_cuda_graph(arguments: Arguments) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 MAGIC = b"dispatch_compile saved code\n"
-FORMAT = 1
+FORMAT = 2
 _INDEX = "index.json"
 
 

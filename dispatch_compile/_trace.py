@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 import torch
 
 from ._fork import freed_in_children
+from ._inlining import Composition
 from ._summary import Summary, TensorNumbers, summary_of, text_of
 from ._trace_summary import table_of
 
@@ -87,6 +88,8 @@ class TraceEvent(OpCall):
         specialization: the sizes of the compiled code's tensor arguments, ``[s0, 2048], [2048]``; None if not compiled.
         new: whether this call made the specialization.
         loaded: whether this call loaded it, since it had been saved.
+        fuses: the IR ops called inside whose implementations are part of the compiled code, each once.
+        not_fused: the other IR ops called inside, each with why: ``"rms_norm: provider 'x' is not in providers …"``.
         difference: in what a new specialization differs from the nearest that there was; None if it was the first.
         compile_start: when compilation began, like ``start``; None if this call did not compile.
         compile_nanoseconds: how long it took, failures included.
@@ -98,12 +101,16 @@ class TraceEvent(OpCall):
     specialization: str | None = None
     new: bool = False
     loaded: bool = False
+    fuses: tuple[str, ...] = ()
+    not_fused: tuple[str, ...] = ()
     difference: str | None = None
     compile_start: int | None = None
     compile_nanoseconds: int = 0
 
-    def compiled(self, provider: str, specialization: str, new: bool) -> None:
+    def compiled(self, provider: str, specialization: str, new: bool, composition: Composition) -> None:
         self.action, self.provider, self.specialization, self.new = COMPILED, provider, specialization, new
+        self.fuses = tuple(composition.fused)
+        self.not_fused = tuple(f"{name}: {why}" for name, why in composition.left.items())
 
     def not_compiled(self, action: str, reason: str) -> None:
         self.action, self.reason = action, reason
@@ -124,9 +131,10 @@ class TraceEvent(OpCall):
     def _why(self) -> str:
         if self.action != COMPILED:
             return self.reason or ""
-        difference = f"; {self.difference}" if self.difference else ""
         came = "new" if self.new else "loaded" if self.loaded else "reused"
-        return f"{came}: {self.specialization}{difference}"
+        fuses = f"fuses {', '.join(self.fuses)}" if self.fuses else None
+        not_fused = [f"not {why}" for why in self.not_fused] if came != "reused" else []
+        return "; ".join(filter(None, [f"{came}: {self.specialization}", fuses, *not_fused, self.difference]))
 
 
 Call = TypeVar("Call", bound=OpCall)

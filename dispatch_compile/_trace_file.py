@@ -15,7 +15,7 @@ from ._summary import Summary, TensorSummary
 from ._trace import COMPILED, EAGER, PASSED, OpCall, Trace, TraceEvent
 
 SCHEMA = "dispatch_compile.trace"
-VERSION = 3  # goes up with every change of what a line may hold
+VERSION = 4  # goes up with every change of what a line may hold
 
 
 @dataclass(frozen=True)
@@ -243,6 +243,8 @@ _EVENT_FIELDS: dict[str, _Reader] = {
     "specialization": _or_null(_STRING),
     "new": _BOOLEAN,
     "loaded": _BOOLEAN,
+    "fuses": _array(_STRING),
+    "not_fused": _array(_STRING),
     "difference": _or_null(_STRING),
     "compile_start": _or_null(_WHOLE),
     "compile_nanoseconds": _COUNT,

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from dispatch_compile._specialization import Arguments, Parameters, flatten, key_of, within_shapes
 from support import EAGER, specializations
 from torch import Tensor
 
@@ -24,7 +25,6 @@ from dispatch_compile._compilation import Code
 from dispatch_compile._origin import CannotSave, origin_of
 from dispatch_compile._programs import ALIGNMENT, Program
 from dispatch_compile._saved_file import ArtifactError
-from dispatch_compile._specialization import Arguments, Parameters, flatten, key_of, within_shapes
 from dispatch_compile._torch_private import TritonLaunch, guard_functions
 
 OP = dc.ops.silu_and_mul
@@ -306,8 +306,8 @@ def _header_end(content: bytes) -> int:
         (lambda whole: whole[:-1], r"it holds \d+ of \d+ bytes"),
         (lambda whole: whole + b"!", r"it holds \d+ of \d+ bytes"),
         (lambda whole: whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:], "not what was written"),
-        (lambda whole: whole.replace(b'"format": 1', b'"format": 2', 1), "has format 2.*reads format 1"),
-        (lambda whole: whole.replace(b'"format": 1', b'"formal": 1', 1), "its header cannot be read"),
+        (lambda whole: whole.replace(b'"format": 2', b'"format": 3', 1), "has format 3.*reads format 2"),
+        (lambda whole: whole.replace(b'"format": 2', b'"formal": 2', 1), "its header cannot be read"),
     ],
 )
 def test_damaged_and_foreign_files(saved, folder, damage, why):

@@ -260,7 +260,7 @@ def test_ops_of_a_source_that_says_nothing_are_looked_at_when_a_poll_finds_other
     overload = define_opaque(twice)
     first, second = (_registry.NativeOp(overload, twice, ["x"]) for _ in range(2))
     listed, looks = [], []
-    for sources in ("_sources", "_polled"):
+    for sources in ("_sources", "_polled", "_quick"):
         monkeypatch.setattr(_registry, sources, [*getattr(_registry, sources)])
     _registry.add_source(lambda: looks.append(1) or listed, poll=lambda: listed)
     mode = dc.DispatchCompileMode(config=EAGER)

@@ -150,3 +150,90 @@ def test_code_is_loaded_where_it_would_be_compiled_in_the_background(folder):
     with dc.DispatchCompileMode(cache=cache):
         op(x)
     assert cache.stats().loads == 2, "what was loaded from the file is still there"
+
+
+# ---- Compositions
+
+
+COMPOSITION = """if True:
+    import sys
+    import torch
+    from torch import Tensor
+    import dispatch_compile as dc
+
+    @dc.register_op
+    def inner(x: Tensor) -> Tensor:
+        return x + ADDED
+
+    @inner.register_impl("other", supports_args=lambda x: x.shape[0] > LIMIT)
+    def other(x: Tensor) -> Tensor:
+        return x + 100
+
+    @dc.register_op
+    def outer(x: Tensor) -> Tensor:
+        return CALLED(x) * 3
+
+    LIMIT = 64
+    task, path, *priority = sys.argv[1:]
+    inner.set_default(priority)
+    cache = dc.NativeCache.load(path) if task == "load" else dc.NativeCache()
+    mode = dc.DispatchCompileMode(cache=cache, trace=True, config=dc.CompileConfig(providers=PROVIDERS))
+    with torch.inference_mode(), mode:
+        print(outer(torch.ones(4, 3)).unique().tolist(), *mode.trace.events[0].fuses)
+        if task == "save":
+            cache.save(path)
+        inner.set_default(["other", "native"])
+        LIMIT = 2
+        print(outer(torch.ones(4, 3)).unique().tolist())
+    print(cache.stats().compiles, cache.stats().loads)
+"""
+
+
+def run_composition(
+    task: str,
+    path: Path,
+    *priority: str,
+    added: float = 1.0,
+    called: str = "inner",
+    providers: Sequence[str] = ("native",),
+    limit: int = 64,
+) -> list[str]:
+    program = COMPOSITION.replace("ADDED", str(added)).replace("CALLED", called).replace("PROVIDERS", str(providers))
+    program = program.replace("LIMIT = 64", f"LIMIT = {limit}")
+    command = [sys.executable, "-c", program, task, str(path), *priority]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def composition(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("composition") / "file"
+    assert run_composition("save", path) == ["[6.0] inner", "[303.0]", "2 0"]
+    return path
+
+
+@pytest.mark.parametrize("called", ["inner", "torch.ops.dispatch_compile.inner"])
+def test_a_composition_is_loaded_and_its_priorities_are_guarded(composition, called, folder):
+    path = composition
+    if called != "inner":
+        path = folder / "file"
+        run_composition("save", path, called=called)
+    assert run_composition("load", path, called=called) == ["[6.0] inner", "[303.0]", "1 1"]
+
+
+def test_another_inner_implementation_is_another_composition(composition):
+    assert run_composition("load", composition, added=2.0) == ["[9.0] inner", "[303.0]", "2 0"]
+    assert run_composition("load", composition, "other", "native") == ["[6.0] inner", "[303.0]", "2 0"]
+    both = ("native", "other")
+    assert run_composition("load", composition, providers=both) == ["[6.0] inner", "[303.0]", "1 1"]
+
+
+def test_what_a_supports_args_reads_is_part_of_what_code_is_made_of(folder):
+    priority = ("other", "native")
+    run_composition("save", folder / "file", *priority)
+    assert run_composition("load", folder / "file", *priority) == ["[6.0] inner", "[303.0]", "1 1"]
+    assert run_composition("load", folder / "file", *priority, limit=32) == ["[6.0] inner", "[303.0]", "2 0"]
+
+
+def test_code_that_calls_an_op_is_not_saved(folder):
+    run_composition("save", folder / "file", "other", limit=2)
+    assert run_composition("load", folder / "file", "other", limit=2)[-1] == "1 0"

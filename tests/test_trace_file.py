@@ -39,6 +39,8 @@ EVERY_FIELD_SET = dc.TraceEvent(
     specialization="[s0, 8]",
     new=True,
     loaded=True,
+    fuses=("rms_norm", "silu_and_mul"),
+    not_fused=("quant: its dispatch raises TypeError",),
     difference="x is bf16, was f32",
     compile_start=2_000,
     compile_nanoseconds=7_000,
@@ -86,10 +88,10 @@ def test_the_file(made, saved, monkeypatch):
     assert_expected_inline(
         made.save(saved).read_text(),
         """\
-{"schema": "dispatch_compile.trace", "version": 3, "torch": "2.13.0", "all_ops": false, "dropped": 3, "calls": 3}
+{"schema": "dispatch_compile.trace", "version": 4, "torch": "2.13.0", "all_ops": false, "dropped": 3, "calls": 3}
 {"kind": "op", "op": "mylib::layer.default", "inputs": [{"name": null, "value": {"dtype": "bf16", "shape": [4, 8], "strides": null, "device": "cpu", "id": null}}], "depth": 0, "thread": 2, "start": 1000, "nanoseconds": 10000, "output": {"dtype": "bf16", "shape": [4, 8], "strides": null, "device": "cpu", "id": null}, "stack": []}
-{"kind": "ir_op", "op": "vllm_ir::rms_norm.default", "inputs": [{"name": null, "value": {"dtype": "bf16", "shape": [4, 8], "strides": null, "device": "cpu", "id": null}}, {"name": null, "value": "1e-06"}, {"name": "out", "value": {"list": [{"dtype": "bf16", "shape": [4, 8], "strides": null, "device": "cpu", "id": null}, {"tuple": ["None", {"list": []}]}]}}], "depth": 1, "thread": 2, "start": 1500, "nanoseconds": 9000, "output": {"tuple": [{"dtype": "bf16", "shape": [4, "s0"], "strides": null, "device": "cpu", "id": 3}, {"dtype": "bf16", "shape": [4, 8], "strides": [1, 4], "device": "cpu", "id": null}]}, "stack": ["model.py:7 in forward"], "action": "compiled", "reason": null, "provider": "native", "specialization": "[s0, 8]", "new": true, "loaded": true, "difference": "x is bf16, was f32", "compile_start": 2000, "compile_nanoseconds": 7000}
-{"kind": "ir_op", "op": "vllm_ir::rms_norm.maybe_inplace", "inputs": [], "depth": 0, "thread": 0, "start": 20000, "nanoseconds": 5, "output": null, "stack": [], "action": "passed", "reason": "it is a \\n", "provider": null, "specialization": null, "new": false, "loaded": false, "difference": null, "compile_start": null, "compile_nanoseconds": 0}
+{"kind": "ir_op", "op": "vllm_ir::rms_norm.default", "inputs": [{"name": null, "value": {"dtype": "bf16", "shape": [4, 8], "strides": null, "device": "cpu", "id": null}}, {"name": null, "value": "1e-06"}, {"name": "out", "value": {"list": [{"dtype": "bf16", "shape": [4, 8], "strides": null, "device": "cpu", "id": null}, {"tuple": ["None", {"list": []}]}]}}], "depth": 1, "thread": 2, "start": 1500, "nanoseconds": 9000, "output": {"tuple": [{"dtype": "bf16", "shape": [4, "s0"], "strides": null, "device": "cpu", "id": 3}, {"dtype": "bf16", "shape": [4, 8], "strides": [1, 4], "device": "cpu", "id": null}]}, "stack": ["model.py:7 in forward"], "action": "compiled", "reason": null, "provider": "native", "specialization": "[s0, 8]", "new": true, "loaded": true, "fuses": ["rms_norm", "silu_and_mul"], "not_fused": ["quant: its dispatch raises TypeError"], "difference": "x is bf16, was f32", "compile_start": 2000, "compile_nanoseconds": 7000}
+{"kind": "ir_op", "op": "vllm_ir::rms_norm.maybe_inplace", "inputs": [], "depth": 0, "thread": 0, "start": 20000, "nanoseconds": 5, "output": null, "stack": [], "action": "passed", "reason": "it is a \\n", "provider": null, "specialization": null, "new": false, "loaded": false, "fuses": [], "not_fused": [], "difference": null, "compile_start": null, "compile_nanoseconds": 0}
 """,  # noqa: E501 - a line of the file is a call
     )
 
@@ -178,6 +180,8 @@ fields_of_event = fields_of_call | {
     "specialization": st.none() | texts,
     "new": st.booleans(),
     "loaded": st.booleans(),
+    "fuses": st.lists(texts, max_size=2).map(tuple),
+    "not_fused": st.lists(texts, max_size=2).map(tuple),
     "difference": st.none() | texts,
     "compile_start": st.none() | st.integers(),
     "compile_nanoseconds": counts,
@@ -225,7 +229,7 @@ def test_a_newer_version(saved):
     header, _, calls = saved.read_text().partition("\n")
     newer = json.dumps(json.loads(header) | {"version": VERSION + 1, "something": "new"})
     assert load_error(saved, f"{newer}\n{calls}".encode()) == (
-        "line 1: version 4 of the schema is newer than 3, which is what can be read here (no call could be read)"
+        "line 1: version 5 of the schema is newer than 4, which is what can be read here (no call could be read)"
     )
 
 

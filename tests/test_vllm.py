@@ -244,3 +244,56 @@ def test_importing_the_package_does_not_import_vllm():
     code = "import sys, dispatch_compile; print('vllm' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+# ---- Fused
+
+
+@pytest.fixture
+def outer(define_ir_op):
+    def norm_and_double(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return vllm_ir.ops.rms_norm(x, weight, 1e-6) * 2
+
+    return define_ir_op(norm_and_double)
+
+
+@pytest.mark.parametrize("wrapping", [True, False])
+def test_what_an_implementation_calls_is_fused_and_its_priority_guarded(outer, wrapping, monkeypatch):
+    ir_op = vllm_ir.ops.rms_norm
+    monkeypatch.setattr(ir_op, "impls", dict(ir_op.impls))
+    ir_op.register_impl("doubling", supports_args=lambda x, weight, epsilon, variance_size=None: x.shape[0] > 16)(
+        doubling
+    )
+    x, weight = torch.randn(32, HIDDEN), torch.randn(HIDDEN)
+    expected = vllm_ir.ops.rms_norm(x, weight, 1e-6)
+    mode = dc.DispatchCompileMode(config=EAGER, trace=True)
+    with vllm_ir.enable_torch_wrap(wrapping), mode:
+        for _ in range(2):
+            torch.testing.assert_close(outer(x, weight), expected * 2)
+            with ir_op.set_priority(["doubling", "native"]):
+                torch.testing.assert_close(outer(x, weight), expected * 4)
+                torch.testing.assert_close(outer(x[:8], weight), expected[:8] * 2)
+    events = [event for event in mode.trace.events if event.op.startswith("dispatch_compile::")]
+    assert [event.fuses for event in events] == [("vllm_ir::rms_norm",), (), ("vllm_ir::rms_norm",)] * 2
+    assert mode.cache.stats().compiles == 3
+
+
+def doubling(
+    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
+) -> torch.Tensor:
+    return vllm_ir.ops.rms_norm.impls["native"].impl_fn(x, weight, epsilon, variance_size) * 2
+
+
+def test_maybe_inplace_is_fused(define_ir_op):
+    def add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y, total = vllm_ir.ops.fused_add_rms_norm.maybe_inplace(x * 1, residual * 1, weight, 1e-6)
+        return y + total
+
+    op = define_ir_op(add_norm, activations=["x", "residual"])
+    args = torch.randn(8, HIDDEN), torch.randn(8, HIDDEN), torch.randn(HIDDEN)
+    expected = op(*args)
+    mode = dc.DispatchCompileMode(trace=True)
+    with mode:
+        torch.testing.assert_close(op(*args), expected)
+    assert mode.trace.events[0].fuses == ("vllm_ir::fused_add_rms_norm",)
+    assert len(mode.trace.events) == 1

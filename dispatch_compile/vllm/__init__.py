@@ -5,7 +5,15 @@ read; a vLLM that has changed there is met with an error that says what is missi
 """
 
 from ._custom_ops import catch_custom_ops
-from ._ir_ops import ir_ops, registered_ir_ops
+from ._ir_ops import ir_ops, ir_ops_called_through_torch, registered_ir_ops
 from ._process import disable, enable, plugin
 
-__all__ = ["catch_custom_ops", "disable", "enable", "ir_ops", "plugin", "registered_ir_ops"]
+__all__ = [
+    "catch_custom_ops",
+    "disable",
+    "enable",
+    "ir_ops",
+    "ir_ops_called_through_torch",
+    "plugin",
+    "registered_ir_ops",
+]

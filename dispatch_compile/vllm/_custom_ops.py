@@ -25,10 +25,10 @@ import torch
 from torch import nn
 
 from .._active import active_modes
+from .._config import not_in_providers
 from .._fork import freed_in_children
 from .._intercept import route_of
 from .._ir import NATIVE
-from .._route import not_in_providers
 from ._configuration import NotAnOp
 from ._forward_op import ForwardOp, forward_op
 from ._required import required
@@ -108,7 +108,7 @@ def _is_compiled(op: ForwardOp) -> bool:
     route = route_of(active_modes(), op.name)
     if route is None or NATIVE in route.config.providers:
         return route is not None
-    route.counters.stepped_aside(not_in_providers(op.dispatch(), route.config))
+    route.counters.stepped_aside(not_in_providers(op.dispatch().provider, route.config))
     return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from .._ir import Op
@@ -32,6 +33,16 @@ def registered_ir_ops() -> list[Op]:
     if module is None or getattr(module.__spec__, "_initializing", False):
         return []
     return list(required(required(module, "IrOp", _PURPOSE), "registry", _PURPOSE).values())
+
+
+def ir_ops_called_through_torch() -> AbstractContextManager[object]:
+    """A context in which vLLM's IR ops are called as torch ops, also where its ``enable_torch_wrap(False)`` lets them
+    be called past torch. The setting is the process's: other threads' calls go that way, too, to the same kernels."""
+    module = sys.modules.get("vllm.ir.op")
+    if module is None or getattr(module, "_ENABLE_TORCH_WRAP", True):
+        return nullcontext()
+    context: AbstractContextManager[object] = required(module, "enable_torch_wrap", _PURPOSE)(True)
+    return context
 
 
 def _read(op: Any) -> None:
