@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dispatch_compile as dc
 from dispatch_compile import ops
+from dispatch_compile._bitwise import ROUNDS_IN_CPP
 from dispatch_compile.testing import assert_expected_trace
 
 COMPOSITIONS = [name for name in ops.__all__ if "_quant_fp8_per" in name]
@@ -95,6 +96,7 @@ def assert_close(actual: Any, expected: Any) -> None:
         torch.testing.assert_close(one.float(), other.float(), rtol=0.13 if one.itemsize == 1 else 1e-4, atol=1e-2)
 
 
+@pytest.mark.skipif(not ROUNDS_IN_CPP, reason="this torch's C++ code does not round between two ops")
 def test_what_is_given_between_rounds_as_it_does_apart():
     """Without the rounding, a scale would be that of the unrounded product."""
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
