@@ -375,6 +375,7 @@ COMPILED = [
     calls_itself,
     changes_an_argument,  # not with every flag
     returns_an_inference_tensor,  # not with every flag
+    selects_by_value,  # if there are no values
 ]
 COMPILED_AT_ANY_SIZE = [branches_on_the_number_of_elements, computes_with_sizes, takes_the_last_token]
 NEVER_COMPILED = [
@@ -391,7 +392,6 @@ NEVER_COMPILED = [
     draws_random_numbers,
     reads_an_item,
     branches_on_a_value,
-    selects_by_value,
     raises,
     returns_what_its_schema_does_not_say,
     returns_what_requires_grad,
