@@ -173,4 +173,4 @@ def restrided(results: Sequence[torch.Tensor], strides: Sequence[tuple[int, ...]
 def _restrided(result: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     if _addresses_others(result, strides):
         raise RuntimeError(f"the code gives {Layout.of(result)}, which should have the strides {list(strides)}")
-    return reinterpret_tensor(result, result.shape, strides)
+    return reinterpret_tensor(result, tuple(result.shape), strides)

@@ -125,7 +125,8 @@ BELOW_BACKEND_SELECT = _dispatch_keyset_full_after(DispatchKey.BackendSelect)
 # "ns::name.overload" of every op registered; torch.ops lists only what Python has touched.
 all_op_names: Callable[[], list[str]] = _dispatch_get_all_op_names
 
-# reinterpret_tensor(tensor, size, stride): as Inductor's code does it, which is no view for autograd to know of.
+# reinterpret_tensor(tensor, size, stride), both plain tuples: as Inductor's code does it, which is no view for autograd
+# to know of.
 reinterpret_tensor: Callable[..., torch.Tensor] = torch._C._dynamo.guards._reinterpret_tensor
 
 # Non-zero while a TorchDispatchMode would see the ops in a native implementation's body.

@@ -53,7 +53,7 @@ def test_profiler_flag_is_up_while_a_profiler_is_on():
 def test_other_strides_over_the_same_memory(inference):
     with torch.inference_mode(inference):
         x = torch.randn(4, 1)
-        y = private.reinterpret_tensor(x, x.shape, (1, 7))
+        y = private.reinterpret_tensor(x, (4, 1), (1, 7))
     assert (y.data_ptr(), y.shape, y.stride()) == (x.data_ptr(), (4, 1), (1, 7))
     assert (y.is_inference(), y._is_view(), y._version if not inference else 0) == (inference, False, 0)
 
