@@ -34,19 +34,24 @@ class Rule:
         decomposition: what to compile instead; None to have ATen compute the op.
         device: where Inductor does so; None for everywhere.
         when: for which of the op's arguments it matters.
+        before: the torch version that mended it.
     """
 
     why: str
     decomposition: Decomposition | None = None
     device: str | None = None
     when: Callable[[Node], bool] = lambda node: True
+    before: str | None = None
 
 
 def rule_for(node: Node) -> Rule | None:
     """The rule for one op of a graph, if there is any."""
     device = _device(node)
-    rules = (rule for rule in RULES.get(functional_op(node.target).overloadpacket, ()) if rule.device in (None, device))
-    return next((rule for rule in rules if rule.when(node)), None)
+    for rule in RULES.get(functional_op(node.target).overloadpacket, ()):
+        mended = rule.before is not None and torch.__version__ >= rule.before
+        if not mended and rule.device in (None, device) and rule.when(node):
+            return rule
+    return None
 
 
 def _device(node: Node) -> str | None:
@@ -103,6 +108,13 @@ def _to_int8(node: Node) -> bool:
     return node.kwargs.get("dtype") is torch.int8 and _of_floats(node)
 
 
+def _to_float8_without_limits(node: Node) -> bool:
+    """Whether numbers may be out of range; quantization limits them first."""
+    if node.kwargs.get("dtype") is not torch.float8_e4m3fn or not isinstance(node.args[0], Node):
+        return False
+    return max(map(abs, _bitwise.limits(node.args[0]))) > eager.LARGEST_ROUNDED_TO_E4M3
+
+
 def _is_contiguous(node: Node) -> bool:
     return bool(_bitwise.tensors(node)[0].is_contiguous())
 
@@ -140,9 +152,11 @@ _DIGITS = "code with fewer digits"
 _FUSED = "does not fuse the multiplication and the addition, as eager does: that shows where they cancel"
 _NUMBER = "does not round the number to 16 bits, as eager does"
 _MEAN = "gives the mean of what has an infinity in it, which is NaN in eager"
+_SQUARES = "squares large arguments, beyond infinity"
+_SATURATES = "saturates what 8 bits do not hold"
 _ZEROS = "takes either zero for the larger"
 
-CPU = "cpu"
+CPU, CUDA = "cpu", "cuda"
 
 # The first rule that applies counts.
 RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
@@ -173,9 +187,15 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     aten.threshold: (Rule("computes with integers as floating-point numbers", when=_of_integers),),
     **dict.fromkeys([aten.cosh, aten.sinh], (Rule("overflows later for integers", device=CPU, when=_of_integers),)),
     **dict.fromkeys([aten.fmax, aten.fmin], (Rule(_ZEROS, device=CPU),)),
-    aten._to_copy: (Rule("saturates what 8 bits do not hold", eager.to_copy, CPU, _to_int8),),
+    aten._to_copy: (
+        Rule(_SATURATES, eager.to_copy, CPU, _to_int8),
+        Rule(_SATURATES, eager.to_copy, CUDA, _to_float8_without_limits),
+    ),
+    aten.neg: (Rule("subtracts from zero", eager.neg, CUDA, _of_floats),),
     **dict.fromkeys([aten.expm1, aten.erf, aten.atanh, aten.elu, aten.celu], (Rule(_NEAR_ZERO, device=CPU),)),
-    aten.acosh: (Rule("squares large arguments, beyond infinity", device=CPU),),
+    aten.acosh: (Rule(_SQUARES, device=CPU),),
+    aten.asinh: (Rule(_SQUARES, device=CPU, before="2.13"),),
+    aten.frac: (Rule("gives the wrong zero", device=CPU, before="2.13"),),
     aten.gelu: (Rule("eager calls oneDNN, which gives NaN for infinity", device=CPU, when=_is_contiguous),),
     aten.pow: (
         Rule("raises the reciprocal to the power, or the other way round", device=CPU, when=_inverts),

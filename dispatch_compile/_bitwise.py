@@ -113,18 +113,18 @@ def _converts_exactly(node: Node) -> bool:
     if source.dtype is not torch.float32 and (result.dtype is not torch.float32 or source.dtype in _FP8):
         return False
     if result.dtype in _FP8 and result.device.type != "cpu":  # what is too large saturates in Triton, not in ATen
-        return max(map(abs, _limits(cast(Node, node.args[0])))) <= float(torch.finfo(result.dtype).max)
+        return max(map(abs, limits(cast(Node, node.args[0])))) <= float(torch.finfo(result.dtype).max)
     return True
 
 
-def _limits(node: Node) -> tuple[float, float]:
+def limits(node: Node) -> tuple[float, float]:
     """Between which numbers a value lies; NaN may be among them."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in _CLAMPS:
         return -math.inf, math.inf
-    low, high = _limits(cast(Node, node.args[0]))
-    limits = [*node.args[1:], None]
-    given = {aten.clamp_min: (limits[0], None), aten.clamp_max: (None, limits[0])}.get(packet, limits[:2])
+    low, high = limits(cast(Node, node.args[0]))
+    bounds = [*node.args[1:], None]
+    given = {aten.clamp_min: (bounds[0], None), aten.clamp_max: (None, bounds[0])}.get(packet, bounds[:2])
     at_least, at_most = (limit if isinstance(limit, (int, float)) else None for limit in given)
     low, high = (bound if at_least is None else max(bound, at_least) for bound in (low, high))
     low, high = (bound if at_most is None else min(bound, at_most) for bound in (low, high))

@@ -15,6 +15,8 @@ from torch.types import Number
 from ._torch_private import OpOverload, without_modes
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+LARGEST_ROUNDED_TO_E4M3 = 464.0  # to 448, the largest number; halfway to what would be the next
 
 
 def floor_divide(a: Tensor | Number, b: Tensor | Number) -> Any:
@@ -82,10 +84,18 @@ def clamp_max(x: Tensor, high: Number) -> Any:
 
 
 def to_copy(x: Tensor, *, dtype: torch.dtype | None = None, **layout: Any) -> Any:
-    """What 8 bits do not hold goes through 32 bits in eager."""
-    if dtype is not torch.int8 or not x.is_floating_point():
-        return NotImplemented
-    return x.to(torch.int32).to(dtype=dtype, **layout)
+    """What int8 does not hold goes through 32 bits in eager; what float8_e4m3fn does not hold becomes NaN."""
+    if dtype is torch.int8 and x.is_floating_point():
+        return x.to(torch.int32).to(dtype=dtype, **layout)
+    if dtype is torch.float8_e4m3fn and x.is_floating_point() and x.dtype not in FLOAT8 and not layout:
+        in_range = x.abs() <= LARGEST_ROUNDED_TO_E4M3
+        return torch.ops.prims.convert_element_type(torch.where(in_range, x, torch.nan), dtype)
+    return NotImplemented
+
+
+def neg(x: Tensor) -> Any:
+    """Subtracting from zero, as Triton does, gives the wrong zero."""
+    return x * -1.0 if x.is_floating_point() else NotImplemented
 
 
 def hardtanh(x: Tensor, low: Number = -1, high: Number = 1) -> Any:
