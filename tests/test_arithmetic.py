@@ -353,8 +353,8 @@ def drawn():
 def test_sample_of_all_ops():
     threads = torch.get_num_threads()
     try:
-        found = sweep.run("cpu", None, ["fp32", "bf16", "int32"], every=29)
+        found = sweep.run("cpu", None, ["fp32", "bf16", "int32"], every=43)
     finally:
         torch.set_num_threads(threads)
-    assert sum(summary.calls for summary in found.summaries if summary.config == DEFAULT) > 50
+    assert sum(summary.calls for summary in found.summaries if summary.config == DEFAULT) > 30
     assert not found.more
