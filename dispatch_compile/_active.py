@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from ._plain_function import check_plain
+from ._checks import check_plain
 from ._torch_private import torchs_modes
 
 if TYPE_CHECKING:

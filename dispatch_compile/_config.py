@@ -5,8 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from ._checks import checked_names
+from ._registry import known_ops
+from ._torch_private import inductor_option_type
 
 ON_FAILURE = ("native", "raise")
 NO_EVICTION, LRU = "none", "lru"
@@ -52,8 +56,8 @@ class CompileConfig:
             leave no mark, so which one that is, is only roughly known.
 
     Raises:
-        ValueError: an unknown option, backend, ``on_failure``, ``on_new`` or ``eviction``; options or ``bitwise`` for
-            another backend; a ``max_specializations`` below 1.
+        ValueError: an unknown option, backend, ``on_failure``, ``on_new`` or ``eviction``; no provider, or one that
+            looks misspelt; options or ``bitwise`` for another backend; a ``max_specializations`` below 1.
         TypeError: an argument of the wrong type.
     """
 
@@ -119,12 +123,14 @@ def not_in_providers(provider: str, config: CompileConfig) -> str:
 
 
 def _checked_providers(providers: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(providers, str):
-        raise TypeError(f"CompileConfig: providers is a list of names; write providers=({providers!r},)")
-    names = tuple(providers)
+    names = checked_names("CompileConfig", "providers", providers)
+    if not names:
+        raise ValueError("CompileConfig: providers must name one or more, or nothing would ever be compiled")
+    known = {provider for op in known_ops() for provider in getattr(op, "impls", ())} | {"native"}
     for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"CompileConfig: providers must be strings, not {name!r}")
+        suggestion = "" if name in known else _suggestion(name, known)
+        if suggestion:  # what is like none of them may be registered later
+            raise ValueError(f"CompileConfig: no op has a provider {name!r}{suggestion}")
     return names
 
 
@@ -142,22 +148,45 @@ def _checked_backend(backend: str | Callable[..., Any]) -> str | Callable[..., A
 
 
 def _checked_options(options: Mapping[str, Any] | None, backend: str | Callable[..., Any]) -> dict[str, Any]:
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"CompileConfig: options must be a mapping, not {type(options).__name__}")
     if not options:
         return {}
     if backend != "inductor":
         raise ValueError(f"CompileConfig: options are Inductor's, but the backend is {backend!r}")
-    if not isinstance(options, Mapping):
-        raise TypeError(f"CompileConfig: options must be a mapping, not {type(options).__name__}")
     from torch._inductor import list_options
 
     known = list_options()
     checked = {}
     for given, value in options.items():
+        if not isinstance(given, str):
+            raise TypeError(f"CompileConfig: the names of options must be strings, not {given!r}")
         name = given.replace("-", "_")
         if name not in known:
             raise ValueError(f"CompileConfig: Inductor has no option {given!r}{_suggestion(name, known)}")
+        declared = inductor_option_type(name)
+        if not _fits(value, declared):
+            text = declared.__name__ if isinstance(declared, type) else declared
+            raise TypeError(f"CompileConfig: Inductor's option {given!r} must be {text}, not {value!r}")
         checked[name] = value
     return checked
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    """Whether a value is of a declared type, as far as scalars and containers go; True for any other type."""
+    origin = get_origin(declared)
+    if origin in (Union, UnionType):
+        return any(value is None if kind is NoneType else _fits(value, kind) for kind in get_args(declared))
+    kind = origin or declared
+    if kind is float:
+        return type(value) in (float, int)
+    if kind in (bool, int, str):
+        return type(value) is kind
+    if kind in (list, tuple):
+        return isinstance(value, (list, tuple))
+    return kind is not dict or isinstance(value, dict)
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:

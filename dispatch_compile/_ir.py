@@ -18,6 +18,7 @@ import torch
 from torch.library import Library, infer_schema
 
 from . import _registry
+from ._checks import check_bools, check_implementation, check_plain, checked_activations, checked_names
 from ._torch_private import OpOverload
 
 NAMESPACE = "dispatch_compile"
@@ -119,6 +120,7 @@ class IrOp:
         allow_inplace: bool,
     ) -> None:
         _check_name("op", name)
+        check_bools(f"register_op: {name}", allow_inplace=allow_inplace)
         if name in IrOp.registry:
             raise ValueError(f"register_op: op {name!r} is already registered; unregister() it first")
         self.name = name
@@ -126,7 +128,8 @@ class IrOp:
         self._parameters = inspect.signature(native).parameters
         self._schema = _infer_schema(name, native)
         self.automatic = activations is None
-        self.activations = _activations(name, list(self._parameters), activations)
+        types = {a.name: str(a.type) for a in torch._C.parse_schema(f"{name}{self._schema}").arguments}
+        self.activations = checked_activations(f"register_op: {name}", types, activations)
         self.activation_indices = [i for i, p in enumerate(self._parameters) if p in self.activations]
         self.impls: dict[str, IrOpImpl] = {NATIVE: IrOpImpl(self, NATIVE, native)}
         self._priority: list[IrOpImpl] = []
@@ -186,8 +189,10 @@ class IrOp:
 
         Raises:
             ValueError: the provider is taken, or a signature differs from the native implementation's.
+            TypeError: an argument of the wrong type.
         """
         _check_name("provider", provider)
+        check_bools(f"{self.name}: {provider}", supported=supported, inplace=inplace)
         if provider in self.impls:
             raise ValueError(f"{self.name}: provider {provider!r} is already registered")
         if inplace and not self.allow_inplace:
@@ -199,6 +204,7 @@ class IrOp:
             self._check_supports_args(provider, supports_args)
 
         def register(fn: Callable[..., Any]) -> IrOpImpl:
+            check_implementation(fn, f"{self.name}: {provider}")
             schema = _infer_schema(f"{self.name}: {provider}", fn)
             if schema != self._schema:
                 raise ValueError(
@@ -212,6 +218,9 @@ class IrOp:
         return register
 
     def _check_supports_args(self, provider: str, supports_args: Callable[..., bool]) -> None:
+        if isinstance(supports_args, type) or not callable(supports_args):
+            raise TypeError(f"{self.name}: supports_args of {provider!r} must be a function, not {supports_args!r}")
+
         def described(parameters: Iterable[inspect.Parameter]) -> list[tuple[str, Any, Any]]:
             return [(p.name, p.default, p.kind) for p in parameters]
 
@@ -224,7 +233,12 @@ class IrOp:
             )
 
     def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Use ``fn`` on fake tensors, in place of the native implementation; a decorator."""
+        """Use ``fn`` on fake tensors, in place of the native implementation; a decorator.
+
+        Raises:
+            TypeError: ``fn`` is no function.
+        """
+        check_plain(fn, f"{self.name}: register_fake")
         self._fake = fn
         return fn
 
@@ -251,6 +265,7 @@ class IrOp:
 
         Raises:
             ValueError: a provider that is not registered.
+            TypeError: ``priority`` is no list of names.
         """
         resolved = self._resolved(priority)
         previous = self._priority
@@ -265,6 +280,7 @@ class IrOp:
         _registry.dispatch_changed()
 
     def _resolved(self, priority: Sequence[str]) -> list[IrOpImpl]:
+        priority = checked_names(self.name, "priority", priority)
         unknown = [provider for provider in priority if provider not in self.impls]
         if unknown:
             raise ValueError(f"{self.name}: no provider {unknown}; registered are {list(self.impls)}")
@@ -336,13 +352,16 @@ def register_op(
         allow_inplace: also make the ``maybe_inplace`` overload, which may overwrite the activations.
 
     Raises:
-        ValueError: the name is taken or malformed, the signature has no torch schema or keyword-only
-            parameters, an activation is not a parameter, ``allow_inplace`` does not fit the results, or an op of this
+        ValueError: the name is taken or malformed, the signature has no torch schema or keyword-only parameters, an
+            activation is not a parameter or no tensor, ``allow_inplace`` does not fit the results, or an op of this
             name that had ``allow_inplace`` was unregistered and had another schema.
+        TypeError: ``fn`` is no plain function, but a class, a method, a ``partial`` or compiled, say; another argument
+            of the wrong type.
     """
 
     def decorate(native: Callable[..., Any]) -> IrOp:
-        op = IrOp(name or native.__name__, native, activations, allow_inplace)
+        check_implementation(native, "register_op")
+        op = IrOp(native.__name__ if name is None else name, native, activations, allow_inplace)
         IrOp.registry[op.name] = op
         _registry.changed()
         return op
@@ -400,6 +419,8 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_name(what: str, name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{what} name must be a string, not {name!r}")
     if not _NAME.match(name):
         raise ValueError(f"{what} name {name!r}: use lower-case letters, digits and underscores")
 
@@ -415,15 +436,6 @@ def _infer_schema(name: str, fn: Callable[..., Any]) -> str:
         return str(infer_schema(fn, mutates_args=[]))
     except ValueError as error:
         raise ValueError(f"{name}: no torch schema can be made of the signature: {error}") from error
-
-
-def _activations(name: str, parameters: list[str], given: Sequence[str] | None) -> list[str]:
-    if given is None:
-        return [p for p in parameters if p.startswith("x")]
-    missing = [p for p in given if p not in parameters]
-    if missing:
-        raise ValueError(f"{name}: activations {missing} are not among the parameters {parameters}")
-    return list(given)
 
 
 _registry.add_source(lambda: IrOp.registry.values())

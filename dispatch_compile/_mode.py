@@ -14,6 +14,7 @@ from . import _hooks, _registry
 from ._active import EVERY_OP, SELECTIVE, active_modes, enter, leave
 from ._cache import NativeCache
 from ._callee import Callee, full_name
+from ._checks import check_whole
 from ._config import COMPILE, CompileConfig
 from ._environment import trace_asked_for
 from ._explain import Explanation, explanation_of, explanation_of_function
@@ -216,11 +217,14 @@ class DispatchCompileMode(TorchDispatchMode):
         Raises:
             RuntimeError: the mode is frozen.
             ValueError: the mode does not catch the op; ``tokens`` is given, and there are no activations, or they
-                do not all have as many tokens; no argument of a function has a dimension 0.
-            TypeError: neither an op nor something that can be called.
+                do not all have as many tokens; no argument of a function has a dimension 0; a negative count.
+            TypeError: neither an op nor something that can be called; too many arguments; ``tokens`` is no list of
+                whole numbers.
         """
         if self._orders.frozen:
             raise RuntimeError("warmup: the mode is frozen, so that nothing is compiled; thaw() it first")
+        if tokens is not None:
+            tokens = _checked_tokens(tokens)
         config = replace(self.config, on_new=COMPILE)  # the same code, but waited for
         overload = self._caught_overload(op_or_fn)
         if overload is None:
@@ -254,6 +258,9 @@ class DispatchCompileMode(TorchDispatchMode):
         route = self.routes[overload.name()]
         assert route is not None, "only natives have none"
         parameters = route.callee.parameters
+        known = parameters.names
+        if len(args) > len(known):
+            raise TypeError(f"warmup: {overload} takes {len(known)} arguments {known}, but {len(args)} were given")
         return activations_with_tokens(parameters, flatten(parameters, args, kwargs), tokens)
 
     def _caught_overload(self, op_or_fn: Any) -> OpOverload | None:
@@ -350,6 +357,17 @@ class DispatchCompileMode(TorchDispatchMode):
 
 
 hide_from_dynamo(DispatchCompileMode.__torch_dispatch__)
+
+
+def _checked_tokens(tokens: Any) -> list[int]:
+    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+        raise TypeError(f"warmup: tokens is a list of token counts; write tokens=[{tokens!r}]")
+    counts = list(tokens)
+    if not counts:
+        raise ValueError("warmup: tokens must name one count or more")
+    for count in counts:
+        check_whole("warmup", "a token count", count, least=0)
+    return counts
 
 
 def _interception_for(trace: Trace | None) -> str:

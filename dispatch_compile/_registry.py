@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.library import infer_schema
 
+from ._checks import check_implementation, checked_activations
 from ._errors import DispatchCompileWarning
 from ._fork import freed_in_children
 from ._hooks import hookable
-from ._torch_private import OpOverload, OpOverloadPacket, has_kernel
+from ._torch_private import OpOverload, OpOverloadPacket, has_kernel, has_schema
 
 if TYPE_CHECKING:
     from ._ir import Op
@@ -143,15 +144,19 @@ class NativeOp:
 
     Attributes:
         eager_provider: what a trace calls the kernel that runs where the reference is not compiled: the op's own.
+        automatic: whether activations are found out, beside those that are named as such.
     """
 
     eager_provider = KERNEL
     registry: dict[OpOverload, NativeOp] = {}  # noqa: RUF012 - one registry for the class, as in IrOp
     tells_of_changes = True  # by dispatch_changed()
 
-    def __init__(self, torch_op: OpOverload, fn: Callable[..., Any], activations: list[str]) -> None:
+    def __init__(
+        self, torch_op: OpOverload, fn: Callable[..., Any], activations: list[str], automatic: bool = True
+    ) -> None:
         self.torch_op = torch_op
         self.activations = activations
+        self.automatic = automatic
         self._impl = NativeImpl(torch_op, fn)
 
     def dispatch(self, *args: Any, **kwargs: Any) -> NativeImpl:
@@ -218,8 +223,9 @@ def register_native(
 
     Raises:
         ValueError: no such op, schemas that differ (both are named), an op that already has a reference
-            implementation or a BackendSelect kernel, an activation that is no parameter.
-        TypeError: ``op`` is none of the above.
+            implementation or a BackendSelect kernel, or that returns a view of an argument; an activation that is no
+            parameter, or no tensor.
+        TypeError: ``op`` is none of the above; ``fn`` is no plain function, but a method, say, or a compiled one.
 
     Warns:
         DispatchCompileWarning: a CompositeImplicitAutograd op, which torch decomposes above the key where calls are
@@ -227,13 +233,19 @@ def register_native(
     """
     overload = overload_of(op, "register_native")
     schema = overload._schema
+    asked_by = f"register_native: {overload}"
+    if not _is_registered(overload):
+        raise ValueError(f"{asked_by} is not registered, or no longer")
+    check_implementation(fn, asked_by)
+    for argument in schema.arguments:
+        if argument.alias_info is not None and not argument.alias_info.is_write:
+            raise ValueError(
+                f"{asked_by} returns a view of its argument {argument.name!r}; only ops that return new tensors, or "
+                f"write to arguments, compile"
+            )
     _check_schema(overload, fn)
-    names = [argument.name for argument in schema.arguments]
-    if activations is None:
-        activations = [name for name in names if name.startswith("x")]
-    missing = [name for name in activations if name not in names]
-    if missing:
-        raise ValueError(f"register_native: {overload}: activations {missing} are not among {names}")
+    automatic = activations is None
+    activations = checked_activations(asked_by, {a.name: str(a.type) for a in schema.arguments}, activations)
     if not hookable(overload):
         raise ValueError(
             f"register_native: {overload} has a BackendSelect kernel of its own (it picks a device from an "
@@ -249,7 +261,7 @@ def register_native(
     with _registry_lock:
         if overload in NativeOp.registry or any(overload in overloads(known) for known in known_ops()):
             raise ValueError(f"register_native: {overload} already has a native implementation")
-        NativeOp.registry[overload] = NativeOp(overload, fn, list(activations))
+        NativeOp.registry[overload] = NativeOp(overload, fn, activations, automatic)
     changed()
     return NativeHandle(overload)
 
@@ -274,13 +286,17 @@ def overload_of(op: Any, asked_by: str) -> OpOverload:
             raise ValueError(f"{asked_by}: {packet} has no overload {overload_name!r}")
         return overload_of(op, asked_by)
     if isinstance(op, OpOverloadPacket):
-        candidates = op.overloads()
+        candidates = [name for name in op.overloads() if _is_registered(getattr(op, name))]  # not those of TorchScript
         if "default" in candidates or len(candidates) == 1:
             return getattr(op, "default" if "default" in candidates else candidates[0])
         raise ValueError(f"{asked_by}: {op} has the overloads {candidates}; name the one you mean")
     if isinstance(getattr(op, "torch_op", None), OpOverload):
         return op.torch_op
     raise TypeError(f"{asked_by}: op must be an OpOverload (torch.ops.ns.name.default) or 'ns::name', not {op!r}")
+
+
+def _is_registered(overload: OpOverload) -> bool:
+    return has_schema(overload.name())
 
 
 def _check_schema(overload: OpOverload, fn: Callable[..., Any]) -> None:

@@ -10,6 +10,7 @@ tell good code from bad. So a file is only read if nobody but this user, or root
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -35,6 +36,8 @@ def write(path: Path, value: Any) -> None:
     Raises:
         OSError: it cannot be written; what was there is still there.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "saved code goes into a file, and this is a folder", str(path))
     content = _archive(value)
     header = {"format": FORMAT, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -92,9 +92,11 @@ __all__ = [
     "hide_from_dynamo",
     "in_functorch_transform",
     "inductor_compile",
+    "inductor_option_type",
     "inductor_overrides",
     "inductors_ops",
     "inexact_matmul_precision",
+    "is_compiled",
     "is_dynamo_compiling",
     "is_functorch_wrapped",
     "is_zero_tensor",
@@ -383,6 +385,21 @@ def _no_compiler() -> str:
 def compile_lock_if_imported() -> Any | None:
     """The same lock, or None as long as nobody has imported Dynamo, which takes a second."""
     return getattr(sys.modules.get("torch._dynamo.convert_frame"), "compile_lock", None)
+
+
+def is_compiled(fn: object) -> bool:
+    """Whether ``torch.compile`` has made the function: it then refers to the one that it was made of."""
+    return hasattr(fn, "_torchdynamo_orig_callable")
+
+
+def inductor_option_type(name: str) -> Any:
+    """The type that Inductor declares for one of its options, which may be of ``typing``; None if it declares none."""
+    from torch._inductor import config
+
+    try:
+        return config.get_type(name)
+    except KeyError:
+        return None
 
 
 def forget_inductors_threads() -> None:

@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar
 
 import torch
 
+from ._checks import check_bools, check_whole
 from ._fork import freed_in_children
 from ._inlining import Composition
 from ._summary import Summary, TensorNumbers, summary_of, text_of
@@ -176,6 +177,7 @@ class Trace:
 
     Raises:
         ValueError: ``max_events`` is negative.
+        TypeError: an argument of the wrong type.
     """
 
     def __init__(
@@ -187,8 +189,11 @@ class Trace:
         max_events: int | None = None,
         stream: IO[str] | None = None,
     ) -> None:
-        if max_events is not None and max_events < 0:
-            raise ValueError(f"Trace: max_events must be 0 or more, not {max_events}")
+        check_bools("Trace", all_ops=all_ops, ids=ids, stacks=stacks)
+        if max_events is not None:
+            check_whole("Trace", "max_events", max_events, least=0)
+        if stream is not None and not all(callable(getattr(stream, name, None)) for name in ("write", "flush")):
+            raise TypeError(f"Trace: stream must be a file to write text to, such as sys.stderr, not {stream!r}")
         self.all_ops = all_ops
         self._ids = ids
         self._stacks = stacks
@@ -287,6 +292,7 @@ class Trace:
         Where several threads are in the trace, lines begin with the thread's number. Call sites, if recorded, follow
         the line of their call.
         """
+        check_bools("Trace.text", all_ops=all_ops)
         calls = self.calls
         if not all_ops:
             calls = _leading_to_events(calls)
@@ -305,6 +311,7 @@ class Trace:
             markdown: as a Markdown table, not as aligned plain text.
             seconds: with the seconds; they differ from run to run.
         """
+        check_bools("Trace.summary", markdown=markdown, seconds=seconds)
         return table_of(self.events, markdown=markdown, seconds=seconds)
 
     def save(self, path: str | os.PathLike[str]) -> Path:

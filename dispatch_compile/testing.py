@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ._checks import check_plain
 from ._mode import DispatchCompileMode, current_mode
 
 
@@ -27,8 +28,14 @@ def assert_expected_trace(
     Raises:
         AssertionError: the texts differ; the message shows how.
         ImportError: expecttest is not installed.
+        TypeError: an argument of the wrong type.
     """
     __tracebackhide__ = True  # pytest shows the test's line
+    check_plain(fn, "assert_expected_trace")
+    if not isinstance(expected, str):
+        raise TypeError(f"assert_expected_trace: expected must be text, not {expected!r}")
+    if mode is not None and not isinstance(mode, DispatchCompileMode):
+        raise TypeError(f"assert_expected_trace: mode must be a DispatchCompileMode, not {mode!r}")
     try:
         from expecttest import assert_expected_inline
     except ImportError as error:

@@ -54,8 +54,17 @@ def test_only_keywords():
         ({"options": {"max_autotune": True}, "backend": "eager"}, ValueError, "options are Inductor's, but .* 'eager'"),
         ({"bitwise": 1}, TypeError, "bitwise must be True or False, not 1"),
         ({"bitwise": True, "backend": "eager"}, ValueError, "bitwise is for Inductor, but the backend is 'eager'"),
-        ({"providers": "native"}, TypeError, r"providers is a list of names; write providers=\('native',\)"),
+        ({"providers": "native"}, TypeError, r"providers is a list of names; write \['native'\]"),
         ({"providers": ["native", 1]}, TypeError, "providers must be strings, not 1"),
+        ({"providers": None}, TypeError, "providers must be a list of names, not None"),
+        ({"providers": []}, ValueError, "providers must name one or more"),
+        ({"providers": ["nativ"]}, ValueError, "no op has a provider 'nativ'; did you mean 'native'"),
+        ({"options": {"max_autotune": "yes"}}, TypeError, "Inductor's option 'max_autotune' must be bool, not 'yes'"),
+        ({"options": {"max-autotune": 1}}, TypeError, "Inductor's option 'max-autotune' must be bool, not 1"),
+        ({"options": {"cpp.threads": True}}, TypeError, "Inductor's option 'cpp.threads' must be int, not True"),
+        ({"options": {"cpp.simdlen": "8"}}, TypeError, "Inductor's option 'cpp.simdlen' must be .*int.*, not '8'"),
+        ({"options": {1: 2}}, TypeError, "the names of options must be strings, not 1"),
+        ({"options": []}, TypeError, "options must be a mapping, not list"),
     ],
 )
 def test_refused(arguments, error, text):
@@ -79,10 +88,10 @@ EQUAL = [
     ({"providers": ["a", "b"]}, {"providers": ("a", "b")}),
 ]
 DIFFERENT = [
-    ({"options": {"max_autotune": True}}, {"options": {"max_autotune": 1}}),
+    ({"options": {"aot_inductor.metadata": {"a": True}}}, {"options": {"aot_inductor.metadata": {"a": 1}}}),
     ({"options": {"max_autotune": True}}, {"options": {"max_autotune": False}}),
     ({"options": {"max_autotune": True}}, {}),
-    ({"options": {"cpp.simdlen": 8}}, {"options": {"cpp.simdlen": 8.0}}),
+    ({"options": {"aot_inductor.metadata": {"a": 8}}}, {"options": {"aot_inductor.metadata": {"a": 8.0}}}),
     ({"options": {"cpp.simdlen": None}}, {}),
     ({"bitwise": True}, {}),
     ({"backend": "eager"}, {"backend": "aot_eager"}),

@@ -554,6 +554,20 @@ def test_hidden_from_dynamo():
     assert compiling == [False]
 
 
+@covers("is_compiled")
+def test_functions_that_are_compiled():
+    compiled = torch.compile(torch.sin), torch.compile(torch.nn.Linear(2, 2)), torch.compile(lambda x: x + 1)
+    assert all(map(private.is_compiled, compiled))
+    assert not any(map(private.is_compiled, (torch.sin, torch.nn.Linear(2, 2), lambda x: x + 1, 3)))
+
+
+@covers("inductor_option_type")
+def test_types_of_inductors_options():
+    assert private.inductor_option_type("max_autotune") is bool
+    assert private.inductor_option_type("cpp.threads") is int
+    assert private.inductor_option_type("no_such_option") is None
+
+
 @covers("lookup_backend")
 def test_lookup_backend():
     graph = torch.fx.symbolic_trace(lambda x: x * 2)

@@ -38,7 +38,7 @@ def outer(x: torch.Tensor) -> torch.Tensor:
     return inner(x) + twice(x)
 
 
-mode = dc.DispatchCompileMode(config=dc.CompileConfig(providers=()))  # nothing is compiled inside it
+mode = dc.DispatchCompileMode(config=dc.CompileConfig(providers=["no"]))  # nothing is compiled inside it
 """
 IN_ITS_OWN_MODE = f"""{OPS}
 with mode:
@@ -78,13 +78,13 @@ def test_calls_in_the_scripts_own_modes(script, tmp_path):
 Trace of script.py
 script::outer(t: f32[4, 3])  ->  t: f32[4, 3]
   script::inner(t: f32[4, 3])  ->  t: f32[4, 3]
-    dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, provider 'native' is not in providers ()
-  dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, provider 'native' is not in providers ()
+    dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, provider 'native' is not in providers ('no',)
+  dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, provider 'native' is not in providers ('no',)
 
 Summary
 op                       provider  calls  compiled  eager  passed  specializations
 dispatch_compile::twice  native        2         0      0       2                0
-""",
+""",  # noqa: E501 - a line of a trace is as long as it is
     )
 
 

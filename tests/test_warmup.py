@@ -114,7 +114,7 @@ def test_an_op_that_does_not_exist(mode):
 
 
 def test_token_counts_that_make_no_sense(mode, counted):
-    with pytest.raises(ValueError, match="tokens must be 0 or more, not -1"):
+    with pytest.raises(ValueError, match="a token count must be 0 or more, not -1"):
         mode.warmup(counted.op, torch.randn(4, 3), tokens=[-1])
     with pytest.raises(ValueError, match=r"one number of tokens to replace, but they have \{\}"):
         mode.warmup(counted.op, torch.tensor(1.0), tokens=[4])
