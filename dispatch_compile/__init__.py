@@ -1,5 +1,7 @@
 """Run IR ops compiled inside opaque torch custom ops, and leave every other op alone."""
 
+from ._version import __version__  # isort: skip - first, for it looks whether torch's version will do
+
 from . import _registry, ops, vllm
 from ._active import inherit_modes
 from ._body import compile_natives
@@ -30,6 +32,7 @@ __all__ = [
     "OpCall",
     "Trace",
     "TraceEvent",
+    "__version__",
     "compile_natives",
     "counters",
     "disable",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,19 @@ def pytest_configure(config: pytest.Config) -> None:
         from dispatch_compile import _mode
 
         _mode._interception_for = lambda trace: "every op"
+
+
+@pytest.fixture(autouse=True)
+def gpu_to_share(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests on a GPU run beside each other, in several processes; one that fills its memory runs alone."""
+    if request.node.get_closest_marker("cuda") is None or "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    fcntl = pytest.importorskip("fcntl", reason="needs locks of files")
+    alone = request.node.get_closest_marker("fills_gpu") is not None
+    with open(os.path.join(tempfile.gettempdir(), "dispatch_compile_tests_gpu.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield  # the lock goes with the file
 
 
 @pytest.fixture(scope="session")

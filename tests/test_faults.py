@@ -433,6 +433,7 @@ MIB = 2**20
 
 
 @pytest.mark.cuda
+@pytest.mark.fills_gpu
 def test_a_first_call_that_runs_out_of_gpu_memory():
     mode, op = dc.DispatchCompileMode(), dc.ops.silu_and_mul
     with torch.inference_mode():
@@ -450,6 +451,7 @@ def test_a_first_call_that_runs_out_of_gpu_memory():
 
 
 @pytest.mark.cuda
+@pytest.mark.fills_gpu
 def test_a_later_call_that_runs_out_of_gpu_memory():
     mode, op = dc.DispatchCompileMode(), dc.ops.silu_and_mul
     x = torch.randn(2**15, 2**13, device="cuda", dtype=torch.bfloat16)
@@ -469,6 +471,7 @@ def test_a_later_call_that_runs_out_of_gpu_memory():
 
 
 @pytest.mark.cuda
+@pytest.mark.fills_gpu
 def test_too_little_gpu_memory_to_tune():
     """The call itself needs next to nothing, but tuning runs the code on many tokens."""
     mode, op = dc.DispatchCompileMode(config=dc.CompileConfig(on_failure="native")), dc.ops.silu_and_mul
