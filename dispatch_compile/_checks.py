@@ -32,8 +32,13 @@ def check_plain(fn: Any, asked_by: str) -> None:
             )
 
 
-def check_implementation(fn: Any, asked_by: str) -> None:
+def check_implementation(fn: Any, asked_by: str, *, methods: bool = False) -> None:
     """Refuse what cannot be the implementation of an op, which is a function of its arguments alone, with type hints.
+
+    Args:
+        fn: what was given.
+        asked_by: who asks.
+        methods: whether a method of an object will do as well.
 
     Raises:
         TypeError: ``fn`` is something else.
@@ -43,11 +48,11 @@ def check_implementation(fn: Any, asked_by: str) -> None:
         raise TypeError(
             f"{asked_by}: {fn!r} is compiled by torch.compile already; give the function that it was made of"
         )
-    if inspect.ismethod(fn):
+    if inspect.ismethod(fn) and not methods:
         raise TypeError(f"{asked_by}: {fn!r} depends on the object that it is a method of; give a function of tensors")
     if isinstance(fn, functools.partial):
         raise TypeError(f"{asked_by}: {fn!r} has no type hints of its own; write a function that calls it")
-    if not inspect.isfunction(fn):
+    if not inspect.isfunction(fn) and not inspect.ismethod(fn):
         raise TypeError(f"{asked_by}: {fn!r} is not a Python function; write one that calls it")
 
 

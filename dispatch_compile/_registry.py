@@ -225,7 +225,7 @@ def register_native(
         ValueError: no such op, schemas that differ (both are named), an op that already has a reference
             implementation or a BackendSelect kernel, or that returns a view of an argument; an activation that is no
             parameter, or no tensor.
-        TypeError: ``op`` is none of the above; ``fn`` is no plain function, but a method, say, or a compiled one.
+        TypeError: ``op`` is none of the above; ``fn`` is no plain function, but a ``partial``, say, or a compiled one.
 
     Warns:
         DispatchCompileWarning: a CompositeImplicitAutograd op, which torch decomposes above the key where calls are
@@ -236,7 +236,7 @@ def register_native(
     asked_by = f"register_native: {overload}"
     if not _is_registered(overload):
         raise ValueError(f"{asked_by} is not registered, or no longer")
-    check_implementation(fn, asked_by)
+    check_implementation(fn, asked_by, methods=True)
     for argument in schema.arguments:
         if argument.alias_info is not None and not argument.alias_info.is_write:
             raise ValueError(

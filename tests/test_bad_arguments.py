@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 
 import pytest
@@ -43,6 +44,8 @@ def test_what_is_no_implementation(fn, text, define_ir_op, define_opaque):
         op.register_impl("vendor"),
         functools.partial(dc.register_native, opaque),
     ):
+        if inspect.ismethod(fn) and isinstance(register, functools.partial):
+            continue  # a reference may be a method
         with pytest.raises(TypeError, match=re.escape(text)):
             register(fn)
     assert "refused" not in dc.IrOp.registry
