@@ -586,8 +586,13 @@ def missing_compiler(error: BaseException) -> str | None:
 
 
 def uncompiled(fn: Any) -> Any:
-    """The function that ``torch.compile`` was given, where ``fn`` is what it made of it; else ``fn`` itself."""
-    return getattr(fn, "_torchdynamo_orig_callable", fn)
+    """The function that ``torch.compile`` was given, where ``fn`` is what it made of it; else ``fn`` itself.
+
+    What ``functools.wraps`` makes around the result, and a method bound to it, have its attributes but are not it: the
+    id tells. A compiled module is a module still.
+    """
+    made = getattr(fn, "_torchdynamo_wrapper_id", None) == id(fn) and not isinstance(fn, torch.nn.Module)
+    return fn._torchdynamo_orig_callable if made else fn
 
 
 def functional_op(op: OpOverload) -> OpOverload:

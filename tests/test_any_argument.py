@@ -24,7 +24,8 @@ from observation import differences
 from support import EAGER_OR_NATIVE
 
 import dispatch_compile as dc
-from dispatch_compile import _capture, _specialization
+from dispatch_compile import _capture
+from dispatch_compile._specialize import guards, key
 
 ASKED_FOR = os.environ.get("DISPATCH_COMPILE_EXAMPLES")
 EXAMPLES = int(ASKED_FOR or 2000)
@@ -131,13 +132,13 @@ def _replaced(where: Any, name: str, value: Any) -> Mistake:
 
 def _key_without(part: int) -> Mistake:
     """Leave out one of what the key of a tensor consists of."""
-    right = _specialization._leaf_key
+    right = key.leaf_key
 
     def wrong(leaf: Any) -> Any:
-        key = right(leaf)
-        return (*key[:part], *key[part + 1 :]) if isinstance(leaf.value, torch.Tensor) else key
+        whole = right(leaf)
+        return (*whole[:part], *whole[part + 1 :]) if isinstance(leaf.value, torch.Tensor) else whole
 
-    return _replaced(_specialization, "_leaf_key", wrong)
+    return _replaced(key, "leaf_key", wrong)
 
 
 class _AlwaysTrue:
@@ -150,19 +151,19 @@ MISTAKES: dict[str, tuple[str, Mistake]] = {
     "the key leaves out strides": ("reads_the_strides", _key_without(3)),
     "the guard leaves out tensors": (
         "reads_the_strides",
-        _replaced(_specialization, "_tensor_guards", lambda tensors: _AlwaysTrue()),
+        _replaced(guards, "_tensor_guards", lambda tensors: _AlwaysTrue()),
     ),
     "the guard leaves out the global state": (
         "reads_the_state",
-        _replaced(_specialization, "GlobalStateGuard", _AlwaysTrue),
+        _replaced(guards, "GlobalStateGuard", _AlwaysTrue),
     ),
     "the guard leaves out scalars": (
         "arithmetic",
-        _replaced(_specialization, "_value_guard", lambda leaf, constant, scope: "True"),
+        _replaced(guards, "_value_guard", lambda leaf, constant, scope: "True"),
     ),
     "the guard leaves out scalars' types and signs": (
         "arithmetic",
-        _replaced(_specialization, "_value_guard", lambda leaf, constant, scope: f"{leaf.source} == {leaf.value!r}"),
+        _replaced(guards, "_value_guard", lambda leaf, constant, scope: f"{leaf.source} == {leaf.value!r}"),
     ),
     "the guard leaves out what was assumed of the tokens": (
         "branches_on_the_tokens",
@@ -174,11 +175,11 @@ MISTAKES: dict[str, tuple[str, Mistake]] = {
     ),
     "writes are not looked for": (
         "changes_an_argument",
-        _replaced(_capture, "_check_graph", lambda graph, arguments: None),
+        _replaced(_capture, "_check_graph", lambda graph, parameters, arguments: ()),
     ),
     "random numbers are not looked for": (
         "draws_random_numbers",
-        _replaced(_capture, "_check_graph", lambda graph, arguments: None),
+        _replaced(_capture, "_check_graph", lambda graph, parameters, arguments: ()),
     ),
     "shared memory is not looked for": (
         "returns_a_view",

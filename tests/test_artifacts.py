@@ -14,18 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from dispatch_compile._specialization import Arguments, Parameters, flatten, key_of, within_shapes
 from support import EAGER, specializations
 from torch import Tensor
 
 import dispatch_compile as dc
 from dispatch_compile import _origin, _saved_file
 from dispatch_compile._artifacts import Artifact, Artifacts, folder_from_environment, key_text, read, write
-from dispatch_compile._compilation import Code
+from dispatch_compile._compilation import Code, Specialization
 from dispatch_compile._origin import CannotSave, origin_of
 from dispatch_compile._programs import ALIGNMENT, Program
 from dispatch_compile._saved_file import ArtifactError
-from dispatch_compile._torch_private import TritonLaunch, guard_functions
+from dispatch_compile._specialize.arguments import Arguments, Parameters, flatten
+from dispatch_compile._specialize.key import key_of
+from dispatch_compile._torch_private import TritonLaunch
 
 OP = dc.ops.silu_and_mul
 
@@ -44,9 +45,9 @@ def compiled(op: Any, *args: Any, config: dc.CompileConfig | None = None) -> Cod
 
 
 def run(code: Code, arguments: Arguments) -> Tensor:
-    names = {**guard_functions(code.shape_guard), "run": code.run}
-    call = within_shapes(arguments, code.shape_guard, code.result.format(code.call), names)
-    return call(arguments.args, arguments.kwargs)
+    args, kwargs = arguments.rebuilt(arguments.values)
+    call = Specialization.of(code, arguments, "a test").guarded_call(arguments, of_function=False)
+    return call(tuple(args), kwargs)
 
 
 class Saved:
@@ -114,14 +115,16 @@ def test_another_process_runs_it_without_inductor(saved, folder):
         import dispatch_compile as dc
         from dispatch_compile._artifacts import Artifacts, read
         from dispatch_compile._origin import origin_of
-        from dispatch_compile._specialization import Parameters, flatten, key_of, within_shapes
+        from dispatch_compile._compilation import Specialization
+        from dispatch_compile._specialize.arguments import Parameters, flatten
+        from dispatch_compile._specialize.key import key_of
         op = dc.ops.silu_and_mul
         x = torch.arange(-40, 40).reshape(4, 20) / 8
         torch.set_num_threads(int(sys.argv[2]))
         arguments = flatten(Parameters.of(op.torch_op, op.activations), (x,), {})
         origin = origin_of(op.torch_op, op.impls["native"], dc.CompileConfig())
         code = Artifacts(read(sys.argv[1])).find(origin, key_of(arguments), arguments)
-        call = within_shapes(arguments, code.shape_guard, code.result.format(code.call), {"run": code.run})
+        call = Specialization.of(code, arguments, origin).guarded_call(arguments, of_function=False)
         print(call((x,), {}).tolist())
         print(sorted({"torch._inductor", "torch._dynamo", "sympy", "triton"} & set(sys.modules)))
     """
@@ -508,7 +511,9 @@ def test_triton_kernels_in_another_process(folder):
         import dispatch_compile as dc
         from dispatch_compile._artifacts import Artifact, Artifacts, read, write
         from dispatch_compile._origin import origin_of
-        from dispatch_compile._specialization import Parameters, flatten, key_of, within_shapes
+        from dispatch_compile._compilation import Specialization
+        from dispatch_compile._specialize.arguments import Parameters, flatten
+        from dispatch_compile._specialize.key import key_of
         task, path = sys.argv[1:]
         op, config = dc.ops.rms_norm, dc.CompileConfig()
         torch.manual_seed(0)
@@ -529,8 +534,8 @@ def test_triton_kernels_in_another_process(folder):
             code = Artifacts(read(path)).find(origin, key, arguments)
         for inputs in (x, x[:2], x.repeat(999, 1), misaligned):
             arguments = arguments_of(inputs)
-            call = within_shapes(arguments, code.shape_guard, code.result.format(code.call), {"run": code.run})
-            print(call(arguments.args, {}).float().sum(dim=0)[:64].tolist())
+            call = Specialization.of(code, arguments, origin).guarded_call(arguments, of_function=False)
+            print(call((inputs, weight, 1e-5), {}).float().sum(dim=0)[:64].tolist())
         if task == "load":
             assert not {"torch._inductor", "torch._dynamo", "triton"} & set(sys.modules)
     """

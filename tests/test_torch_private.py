@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import gc
 import inspect
 import json
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,6 +204,65 @@ def test_dispatch_modes():
     assert private.dispatch_modes_active() == 0
 
 
+@covers("function_modes_active")
+def test_function_modes():
+    class Seeing(torch.overrides.TorchFunctionMode):
+        active: int | None = None
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.active = private.function_modes_active()
+            return func(*args, **(kwargs or {}))
+
+    assert private.function_modes_active() == 0
+    with Seeing() as outer, Seeing():
+        assert private.function_modes_active() == 2
+        torch.add(torch.ones(1), 1)
+    assert outer.active == 0, "a mode is off while it handles a call"
+    assert private.function_modes_active() == 0
+    with torch.device("cpu"):
+        assert private.function_modes_active() == 1
+
+
+@covers("is_dynamo_compiling")
+def test_dynamo_takes_the_branch_for_itself():
+    def asks(x: Tensor) -> Tensor:
+        return x * 2 if private.is_dynamo_compiling() else x * 3
+
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    assert asks(torch.ones(2)).tolist() == [3.0, 3.0]
+    assert torch.compile(asks, backend=counter, fullgraph=True)(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert counter.frame_count == 1
+
+
+@covers("uncompiled")
+def test_what_was_compiled():
+    def twice(x: Tensor) -> Tensor:
+        return x * 2
+
+    class Scaling:
+        scale = 3
+
+        @torch.compile(backend="eager")
+        def scaled(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    compiled = torch.compile(twice, backend="eager")
+
+    @functools.wraps(compiled)
+    def around(x: Tensor) -> Tensor:
+        return compiled(x) + 1
+
+    module = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+    scaling = Scaling()
+    assert private.uncompiled(compiled) is twice
+    assert private.uncompiled(torch.compiler.disable(compiled)) is twice
+    assert private.uncompiled(Scaling.scaled).__code__.co_varnames[:2] == ("self", "x")
+    assert private.uncompiled(Scaling.scaled) is not Scaling.scaled
+    for other in (twice, around, module, scaling.scaled, functools.partial(compiled), 3):
+        assert private.uncompiled(other) is other
+
+
 @covers("without_modes")
 def test_without_modes():
     class Seeing(private.TorchDispatchMode):
@@ -287,6 +348,22 @@ def test_dual_level():
     assert private.dual_level() == -1
 
 
+@covers("in_functorch_transform")
+def test_functorch_transforms():
+    x, seen = torch.ones(3), []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(private.in_functorch_transform())
+        return x.sum()
+
+    look(x)
+    torch.func.vmap(look)(x)
+    torch.func.grad(look)(x)
+    torch.func.functionalize(look)(x)
+    assert seen == [False, True, True, True]
+    assert not private.in_functorch_transform()
+
+
 @covers("is_functorch_wrapped")
 def test_functorch_wrappers():
     x, seen = torch.ones(3), []
@@ -320,6 +397,25 @@ def test_capture_with_a_symbol():
     check = eval(f"lambda L: {text}", private.shape_guard_names())
     assert [check({"t0": torch.empty(n, 3)}) for n in (2, 3, 4, 100)] == [True, False, True, True]
     assert graph(torch.ones(4, 3)).eq(2).all()
+
+
+@covers("dynamic_number")
+@pytest.mark.parametrize("value", [3, 2.5, 0, 1, -1.0])
+def test_capture_with_the_symbol_of_a_number(value):
+    shape_env = private.new_shape_env()
+    number = private.dynamic_number(shape_env, value, "t0")
+    assert isinstance(number, torch.SymInt if isinstance(value, int) else torch.SymFloat)
+    with private.new_fake_mode(shape_env):
+        x = torch.empty(4)
+
+    def fn(n: float, x: Tensor) -> Tensor:
+        return x * n if n < 7 else x
+
+    graph = private.trace(fn, [number, x], {})
+    text = shape_env.produce_guards_expression([number, x])
+    check = eval(f"lambda L: {text}", private.shape_guard_names())
+    assert [check({"t0": n}) for n in (value, type(value)(-5), type(value)(8))] == [True, True, False]
+    assert graph(type(value)(-5), torch.ones(4)).tolist() == [-5.0] * 4
 
 
 @covers("at_least", "size_text", "size_at")
@@ -639,7 +735,7 @@ def test_guard_functions(monkeypatch):
         raise AssertionError("SymPy takes a while to import")
 
     monkeypatch.setattr(private, "shape_guard_names", imported)
-    for guard in (None, "2 <= a0.size(0)", "a0.size(0) == a1[2].stride(1) and k0.size(0) % 2 == 0"):
+    for guard in (None, "2 <= a0.size(0)", "a0.size(0) == a1_2.stride(1) and a3_0_1 % 2 == 0"):
         assert private.guard_functions(guard) == {}
 
 
