@@ -248,5 +248,5 @@ def _artifact(item: dict[str, Any]) -> Artifact:
     program = item["program"]
     triton = {name: TritonLaunch(**launch) for name, launch in program["triton"].items()}
     made = Program(**{**program, "triton": triton, "realigned": tuple(program["realigned"])})
-    origin, asked = Origin(**item["origin"]), tuple(item["asked"])
-    return Artifact(**{**item, "origin": origin, "program": made, "asked": asked})
+    tuples = {name: tuple(item[name]) for name in ("written", "asked")}
+    return Artifact(**{**item, **tuples, "origin": Origin(**item["origin"]), "program": made})

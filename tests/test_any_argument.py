@@ -25,6 +25,7 @@ from support import EAGER_OR_NATIVE
 
 import dispatch_compile as dc
 from dispatch_compile import _capture
+from dispatch_compile._callee import full_name
 from dispatch_compile._specialize import guards, key
 
 ASKED_FOR = os.environ.get("DISPATCH_COMPILE_EXAMPLES")
@@ -90,7 +91,7 @@ def test_right_or_aside(name, ops, became):
         check(program.calls, mode)
         stats = mode.cache.stats()
         became.update(examples=1, compiled=stats.hits, not_compiled=stats.fallbacks + stats.asides)
-        own_hits += mode.cache.counters_of(subject.overload).hits
+        own_hits += mode.cache.counters_of(full_name(subject.overload)).hits
 
     right_or_aside()
     assert subject.compiles or not own_hits

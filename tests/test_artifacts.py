@@ -57,7 +57,7 @@ class Saved:
         self.x = torch.arange(-40, 40).reshape(4, 20) / 8
         self.arguments = arguments_of(OP, self.x)
         self.key = key_of(self.arguments)
-        self.origin = origin_of(OP.torch_op, OP.impls["native"], dc.CompileConfig())
+        self.origin = origin_of(OP.torch_op._schema.name, OP.impls["native"], dc.CompileConfig())
         self.code = compiled(OP, self.x)
         self.artifact = Artifact.of(self.origin, self.key, self.code)
         self.result = run(self.code, self.arguments)
@@ -122,7 +122,7 @@ def test_another_process_runs_it_without_inductor(saved, folder):
         x = torch.arange(-40, 40).reshape(4, 20) / 8
         torch.set_num_threads(int(sys.argv[2]))
         arguments = flatten(Parameters.of(op.torch_op, op.activations), (x,), {})
-        origin = origin_of(op.torch_op, op.impls["native"], dc.CompileConfig())
+        origin = origin_of(op.torch_op._schema.name, op.impls["native"], dc.CompileConfig())
         code = Artifacts(read(sys.argv[1])).find(origin, key_of(arguments), arguments)
         call = Specialization.of(code, arguments, origin).guarded_call(arguments, of_function=False)
         print(call((x,), {}).tolist())
@@ -145,7 +145,7 @@ def test_code_that_calls_torchs_own_kernels(define_ir_op):
 
     op, args = define_ir_op(product), (torch.randn(3, 4), torch.randn(4, 5))
     code, arguments = compiled(op, *args), arguments_of(op, *args)
-    origin = origin_of(op.torch_op, op.impls["native"], dc.CompileConfig())
+    origin = origin_of(op.torch_op._schema.name, op.impls["native"], dc.CompileConfig())
     loaded = Artifact.of(origin, key_of(arguments), code).code()
     assert torch.equal(run(loaded, arguments), run(code, arguments))
 
@@ -153,7 +153,7 @@ def test_code_that_calls_torchs_own_kernels(define_ir_op):
 def test_several_kernels_and_results():
     op, args = dc.ops.quant_fp8_per_token, (torch.randn(5, 64),)
     code, arguments = compiled(op, *args), arguments_of(op, *args)
-    origin = origin_of(op.torch_op, op.impls["native"], dc.CompileConfig())
+    origin = origin_of(op.torch_op._schema.name, op.impls["native"], dc.CompileConfig())
     loaded = Artifact.of(origin, key_of(arguments), code).code()
     for one, other in zip(run(loaded, arguments), run(code, arguments), strict=True):
         assert torch.equal(one.float(), other.float())
@@ -269,9 +269,9 @@ def test_code_that_cannot_be_loaded_is_left(saved):
 def test_keys_are_plain_data(change):
     x = torch.randn(4, 20)
     names = tuple("abcdefgh")
-    keys = [key_of(flatten(Parameters(names, frozenset("a")), change((value,)), {})) for value in (x, x.clone())]
+    keys = [key_of(flatten(Parameters(names, len(names), frozenset("a")), change((value,)), {})) for value in (x, x.clone())]
     assert key_text(keys[0]) == key_text(keys[1])
-    with_another = key_of(flatten(Parameters(names, frozenset("a")), change((x[:, :1],)), {}))
+    with_another = key_of(flatten(Parameters(names, len(names), frozenset("a")), change((x[:, :1],)), {}))
     assert key_text(with_another) != key_text(keys[0])
 
 
@@ -287,7 +287,7 @@ def test_a_key_with_an_object_has_no_text(saved):
 def test_files_hold_what_was_written(saved, folder):
     launch = TritonLaunch(b"cubin", "kernel", 0, 16, 4, "OOl", 1, b"grid")
     program = Program("def call(inputs): pass", {"one": b"1", "same": b"1"}, {"three": launch}, (0, 2))
-    other = replace(saved.artifact, program=program, source=None, shape_guard=None, environment={"torch": "3"})
+    other = replace(saved.artifact, program=program, source=None, shape_guard=None, written=("a0",), asked=("a::b",))
     write(folder / "file", [saved.artifact, other])
     assert read(folder / "file") == [saved.artifact, other]
     assert os.stat(folder / "file").st_mode & 0o777 == 0o600
@@ -523,7 +523,7 @@ def test_triton_kernels_in_another_process(folder):
         def arguments_of(x):
             return flatten(Parameters.of(op.torch_op, op.activations), (x, weight, 1e-5), {})
         arguments = arguments_of(x)
-        origin, key = origin_of(op.torch_op, op.impls["native"], config), key_of(arguments)
+        origin, key = origin_of(op.torch_op._schema.name, op.impls["native"], config), key_of(arguments)
         if task == "save":
             mode = dc.DispatchCompileMode(config=config)
             with mode:

@@ -199,7 +199,7 @@ class TestArguments:
             {"a": 1},
             nn.functional.silu,
         ],
-        ids=str,
+        ids=lambda argument: getattr(argument, "__name__", None) or str(argument),
     )
     def test_constants(self, mode, argument):
         @dc.native

@@ -26,7 +26,7 @@ CONSTANTS.added = 1.0
 
 def origin(fn: Callable[..., Any], **config: Any) -> Origin:
     impl = types.SimpleNamespace(provider="native", impl_fn=fn)
-    return origin_of(torch.ops.aten.relu.default, impl, dc.CompileConfig(**config))
+    return origin_of("aten::relu", impl, dc.CompileConfig(**config))
 
 
 def defined(source: str, **scope: Any) -> Callable[..., Any]:
@@ -160,7 +160,7 @@ def test_what_another_process_could_not_compare(fn, why):
 def test_an_implementation_that_works_in_place():
     impl = types.SimpleNamespace(provider="native", impl_fn=defined(PLAIN), inplace=True)
     with pytest.raises(CannotSave, match="not a function of its arguments alone"):
-        origin_of(torch.ops.aten.relu.default, impl, dc.CompileConfig())
+        origin_of("aten::relu", impl, dc.CompileConfig())
 
 
 def test_another_backend():
@@ -202,7 +202,7 @@ def test_another_process_says_the_same():
         import dispatch_compile as dc
         from dispatch_compile._origin import environment, origin_of
         for op in (dc.ops.rms_norm, dc.ops.quant_fp8_per_group):
-            print(origin_of(op.torch_op, op.impls["native"], dc.CompileConfig()))
+            print(origin_of(op.torch_op._schema.name, op.impls["native"], dc.CompileConfig()))
         print(environment(cpu=True, cuda_devices=frozenset()))
         assert "torch._inductor" not in sys.modules
     """
