@@ -1,4 +1,5 @@
-"""Where the time of one intercepted call goes: ``python -m dispatch_compile breakdown``.
+"""Where the time of one intercepted call goes, and what the same function costs as a native: ``python -m
+dispatch_compile breakdown``.
 
 Parts of the call are timed on their own, in turns, and what a part adds to the one inside it is its share.
 """
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from dispatch_compile import DispatchCompileMode, native
+
 from . import timing
 from .arguments import DEVICES, available
 from .cases import CASES, DTYPES, Inputs, Sizes, tensors
@@ -22,6 +25,7 @@ from .peers import CODE_ALONE, CodeAlone, Ours, Peer
 
 NAMESPACE = "dispatch_compile_breakdown"
 CALL, DISPATCHER, GUARDED, ALLOCATION = "call", "dispatcher", "guarded code", "allocation"
+AS_NATIVE, NATIVE_OUTSIDE, EAGER = "as a native", "a native outside of a mode", "the function itself"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,8 +43,28 @@ def main(argv: Sequence[str]) -> int:
     device = available(given.device, parser)
     torch.set_num_threads(1)
     with torch.inference_mode():
-        print(text(shares(given.op, Sizes(given.tokens, given.hidden, DTYPES["bf16"], device))))
+        sizes = Sizes(given.tokens, given.hidden, DTYPES["bf16"], device)
+        print(text(shares(given.op, sizes)))
+        print()
+        print(text(as_native(given.op, sizes), total=False))
     return 0
+
+
+def as_native(op_name: str, sizes: Sizes) -> dict[str, float]:
+    """Host seconds of a call of an op, and of calls of its native implementation as a native."""
+    case = CASES[op_name]
+    arguments = case.arguments(Inputs(sizes))
+    ours, function = Ours(CALL, case.op), case.op.impls["native"].impl_fn
+    decorated = native(function)
+    mode = DispatchCompileMode(ops=[decorated])
+    peers = [
+        ours.peer([arguments]),
+        Peer(AS_NATIVE, decorated, [arguments], mode, compiled=True),
+        Peer(NATIVE_OUTSIDE, decorated, [arguments]),
+        Peer(EAGER, function, [arguments]),
+    ]
+    samples = timing.measure(peers, timing.timer(sizes.device), timing.ROUNDS, each_round=lambda: None)
+    return {name: median(kinds[timing.HOST]) for name, kinds in samples.items()}
 
 
 def shares(op_name: str, sizes: Sizes) -> dict[str, float]:
@@ -70,9 +94,9 @@ def shares(op_name: str, sizes: Sizes) -> dict[str, float]:
     }
 
 
-def text(found: dict[str, float]) -> str:
-    """The shares as a table, in microseconds."""
-    rows = {**found, "together": sum(found.values())}
+def text(found: dict[str, float], *, total: bool = True) -> str:
+    """Times as a table, in microseconds; shares with their sum."""
+    rows = {**found, "together": sum(found.values())} if total else found
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {seconds * 1e6:6.2f} µs" for name, seconds in rows.items())
 
