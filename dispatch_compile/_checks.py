@@ -46,12 +46,19 @@ def check_implementation(fn: Any, asked_by: str, *, methods: bool = False) -> No
     check_plain(fn, asked_by)
     if is_compiled(fn):
         raise TypeError(
-            f"{asked_by}: {fn!r} is compiled by torch.compile already; give the function that it was made of"
+            f"{asked_by}: {fn!r} is compiled by torch.compile already; give the function that it was made of, or use "
+            f"dispatch_compile.native, which takes that by itself"
         )
     if inspect.ismethod(fn) and not methods:
-        raise TypeError(f"{asked_by}: {fn!r} depends on the object that it is a method of; give a function of tensors")
+        raise TypeError(
+            f"{asked_by}: {fn!r} depends on the object that it is a method of; give a function of "
+            f"tensors, or use dispatch_compile.native"
+        )
     if isinstance(fn, functools.partial):
-        raise TypeError(f"{asked_by}: {fn!r} has no type hints of its own; write a function that calls it")
+        raise TypeError(
+            f"{asked_by}: {fn!r} has no type hints of its own; write a function that calls it, or use "
+            f"dispatch_compile.native"
+        )
     if not inspect.isfunction(fn) and not inspect.ismethod(fn):
         raise TypeError(f"{asked_by}: {fn!r} is not a Python function; write one that calls it")
 

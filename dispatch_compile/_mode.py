@@ -226,7 +226,7 @@ class DispatchCompileMode(TorchDispatchMode):
         if tokens is not None:
             tokens = _checked_tokens(tokens)
         config = replace(self.config, on_new=COMPILE)  # the same code, but waited for
-        overload = self._caught_overload(op_or_fn)
+        overload = self._caught_overload(op_or_fn, args)
         if overload is None:
             fn = op_or_fn
             watcher = DispatchCompileMode(config=config, cache=self.cache, trace=True)
@@ -258,17 +258,14 @@ class DispatchCompileMode(TorchDispatchMode):
         route = self.routes[overload.name()]
         assert route is not None, "only natives have none"
         parameters = route.callee.parameters
-        known = parameters.names
-        if len(args) > len(known):
-            raise TypeError(f"warmup: {overload} takes {len(known)} arguments {known}, but {len(args)} were given")
         return activations_with_tokens(parameters, flatten(parameters, args, kwargs), tokens)
 
-    def _caught_overload(self, op_or_fn: Any) -> OpOverload | None:
+    def _caught_overload(self, op_or_fn: Any, args: tuple[Any, ...]) -> OpOverload | None:
         """The overload of the IR op that is to be warmed up; None for a function.
 
         Raises:
             ValueError: the mode does not catch the op.
-            TypeError: neither one nor the other.
+            TypeError: neither one nor the other, or too many arguments.
         """
         names_op = isinstance(op_or_fn, (str, OpOverload, OpOverloadPacket)) or hasattr(op_or_fn, "torch_op")
         if not names_op:
@@ -280,7 +277,11 @@ class DispatchCompileMode(TorchDispatchMode):
             return None
         overload = _registry.overload_of(op_or_fn, "warmup")
         self._sync()
-        if overload.name() in self.routes:
+        route = self.routes.get(overload.name())
+        if route is not None:
+            known = route.callee.parameters.names
+            if len(args) > len(known):
+                raise TypeError(f"warmup: {overload} takes {len(known)} arguments {known}, but {len(args)} were given")
             return overload
         raise ValueError(f"warmup: the mode does not catch {overload}; look at its ops= or register the op first")
 

@@ -269,7 +269,9 @@ def test_code_that_cannot_be_loaded_is_left(saved):
 def test_keys_are_plain_data(change):
     x = torch.randn(4, 20)
     names = tuple("abcdefgh")
-    keys = [key_of(flatten(Parameters(names, len(names), frozenset("a")), change((value,)), {})) for value in (x, x.clone())]
+    keys = [
+        key_of(flatten(Parameters(names, len(names), frozenset("a")), change((value,)), {})) for value in (x, x.clone())
+    ]
     assert key_text(keys[0]) == key_text(keys[1])
     with_another = key_of(flatten(Parameters(names, len(names), frozenset("a")), change((x[:, :1],)), {}))
     assert key_text(with_another) != key_text(keys[0])
