@@ -235,11 +235,17 @@ class DispatchCompileMode(TorchDispatchMode):
             fn = overload
             watcher = DispatchCompileMode(ops=[overload], config=config, cache=self.cache, trace=True)
         assert watcher.trace is not None
+
+        def call(count: int | None) -> None:
+            call_args, call_kwargs = self._with_tokens(fn, overload, args, kwargs, count)
+            fn(*call_args, **call_kwargs)
+
         with watcher:
             for count in [None] if tokens is None else tokens:
-                call_args, call_kwargs = self._with_tokens(fn, overload, args, kwargs, count)
-                watcher._orders.tokens = count
-                fn(*call_args, **call_kwargs)
+                call(count)
+            # What is not declared as an activation becomes dynamic when it changes.
+            if tokens and set(tokens) == {tokens[0]} and tokens[0] > 1 and any(map(_is_static, watcher.trace.events)):
+                call(2 * tokens[0])
         return watcher.trace.events
 
     def _with_tokens(
@@ -373,6 +379,11 @@ def _checked_tokens(tokens: Any) -> list[int]:
 
 def _interception_for(trace: Trace | None) -> str:
     return EVERY_OP if trace is not None and trace.all_ops else SELECTIVE
+
+
+def _is_static(event: TraceEvent) -> bool:
+    """Whether a call runs compiled code of no dynamic size."""
+    return event.specialization is not None and "s0" not in event.specialization
 
 
 def _ops_changed() -> None:

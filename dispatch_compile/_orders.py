@@ -12,12 +12,9 @@ class Orders:
 
     Attributes:
         frozen: whether nothing is captured, compiled and loaded for calls of the mode.
-        tokens: a size that is known to be a number of tokens: as dimension 0 of a tensor, it is dynamic from the first
-            call on; None if none is known.
     """
 
     frozen: bool = False
-    tokens: int | None = None
 
 
 class Frozen:

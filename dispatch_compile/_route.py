@@ -142,8 +142,6 @@ class Route:
         """
         automatic = self.callee.parameters.automatic
         names = newly_dynamic(arguments, table.patterns(), sizes=automatic, floats=not self.config.bitwise)
-        if automatic and self.orders.tokens is not None:
-            names |= {leaf.name for leaf in arguments.tensors if leaf.may_be_dynamic(self.orders.tokens)}
         if names - learned.dynamic:
             raise Relearn(Learned(dynamic=names), why_dynamic(arguments, names))
 

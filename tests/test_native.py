@@ -563,6 +563,23 @@ class TestMutation:
             assert_same(cache.kept[:count].clone(), values)
         assert actions(inductor) == ["compiled"] * 3
 
+    def test_an_op_that_writes_to_a_list_of_tensors(self, inductor):
+        def reference(y: Tensor, outs: list[Tensor]) -> None:
+            for i, out in enumerate(outs):
+                out.copy_(y * i)
+
+        with torch.library._scoped_library("test_native_lists", "FRAGMENT") as library:
+            library.define("several(Tensor y, Tensor(a!)[] outs) -> ()")
+            library.impl("several", reference, "CompositeExplicitAutograd")
+            handle = dc.register_native("test_native_lists::several", reference)
+            for count in (4, 5):
+                y, outs = torch.randn(count), [torch.empty(count) for _ in range(3)]
+                with inductor:
+                    torch.ops.test_native_lists.several(y, outs)
+                assert_same(outs, [y * i for i in range(3)])
+            handle.remove()
+        assert actions(inductor) == ["compiled"] * 2
+
     @pytest.mark.parametrize("schema", ["(Tensor(a!) out, Tensor x) -> ()", "(Tensor(a!) out, Tensor x) -> Tensor(a!)"])
     def test_ops_of_other_libraries(self, inductor, schema):
         returned = schema.endswith("(a!)")

@@ -228,7 +228,7 @@ def test_compiles_whatever_is_done_with_new_calls(on_new, counted):
 
 
 def test_functions_that_make_no_sense(mode, counted):
-    with pytest.raises(ValueError, match="tokens must be 0 or more, not -1"):
+    with pytest.raises(ValueError, match="a token count must be 0 or more, not -1"):
         mode.warmup(lambda x: counted(x), torch.randn(4, 3), tokens=[-1])
     with pytest.raises(ValueError, match="none of the arguments is a tensor with a dimension 0"):
         mode.warmup(lambda x: counted(x), torch.tensor(1.0), tokens=[4])

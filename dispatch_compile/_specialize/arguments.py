@@ -175,10 +175,6 @@ class Leaf:
     def is_tensor(self) -> bool:
         return isinstance(self.value, torch.Tensor)
 
-    def may_be_dynamic(self, tokens: int) -> bool:
-        """Whether it is a tensor with so many tokens, and could serve others."""
-        return self.is_tensor and self.value.dim() > 0 and self.value.size(0) == tokens >= 2
-
     @property
     def is_dynamic_number(self) -> bool:
         return self.dynamic and not self.is_tensor
