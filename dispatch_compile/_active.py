@@ -36,13 +36,15 @@ class Entry:
         mode: None once it is left.
         outside: the entry before it; None for what all contexts start from.
         untraced: the mode, if no mode of the context traces: all that the short cut in the kernel looks at.
+        captures: told of the natives that are called where there is no mode since an implementation is captured.
     """
 
-    __slots__ = ("mode", "outside", "untraced")
+    __slots__ = ("captures", "mode", "outside", "untraced")
 
     def __init__(self, mode: DispatchCompileMode | None = None, outside: Entry | None = None) -> None:
         self.mode = mode
         self.outside = outside
+        self.captures: Callable[[str], None] | None = None
         traced = outside is not None and outside.outside is not None and outside.untraced is None
         self.untraced: DispatchCompileMode | None = None if traced or mode is None or mode.trace is not None else mode
 
@@ -127,6 +129,18 @@ def set_mode_everywhere(mode: DispatchCompileMode | None) -> None:
 def suspended() -> Iterator[None]:
     """No mode: the compiler's own calls of IR ops are none of ours."""
     token = _innermost.set(_nowhere)
+    try:
+        yield
+    finally:
+        _innermost.reset(token)
+
+
+@contextmanager
+def natives_told(listener: Callable[[str], None]) -> Iterator[None]:
+    """No mode, and ``listener`` is called with the names of natives that are called, and so become part of a graph."""
+    entry = Entry()
+    entry.captures = listener
+    token = _innermost.set(entry)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from ._active import natives_told
 from ._config import CompileConfig
 from ._inlining import NO_CALLS, Composition, Inlining
 from ._ir import Impl
@@ -158,7 +159,7 @@ def capture(
         Relearn: it reads of its objects what is not among the leaves.
     """
     inlining = Inlining(impl, config)
-    with called_through_torch():
+    with called_through_torch(), natives_told(inlining.note_native):
         try:
             captured = _traced(impl.func_impl_fn, parameters, arguments, tokens, inlining)
         except (StepAside, CannotCapture) as reason:
@@ -190,7 +191,8 @@ def _traced(
         before = contents(shown)
         with inlining:
             returned = fn(*args, **kwargs)
-        if contents(shown)[:2] != before[:2]:
+        after = contents(shown)
+        if after[:2] != before[:2] or after[2][: len(before[2])] != before[2]:
             raise StepAside("the implementation changes a list or dictionary that it is given")
         inputs_by_source = {leaf.source: t for leaf, t in zip(arguments.tensors, tensors, strict=True)}
         found.append(result_of(returned, inputs_by_source, token_counts))

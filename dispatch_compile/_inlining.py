@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import _registry
-from ._config import CompileConfig, not_in_providers
+from ._config import NATIVE, CompileConfig, not_in_providers
 from ._predicates import Reads, Unclear, reads_of
 from ._registry import implementations_tried, supports_args_of
 from ._torch_private import OpOverload, TorchDispatchMode
@@ -144,11 +144,17 @@ class Inlining(TorchDispatchMode):
         self._dispatches: dict[int, _Dispatch] = {}
         self._fused: dict[str, str] = {}
         self._left: dict[str, str] = {}
+        self._natives: set[str] = set()
 
     @property
     def fuses(self) -> bool:
-        """Whether anything is inlined so far."""
-        return bool(self._fused)
+        """Whether any op is inlined so far."""
+        return len(self._fused) > len(self._natives)
+
+    def note_native(self, name: str) -> None:
+        """A native was called; it inlines by itself."""
+        self._natives.add(name)
+        self._fused.setdefault(name, NATIVE)
 
     def composition(self) -> Composition:
         """What was decided."""
@@ -156,8 +162,11 @@ class Inlining(TorchDispatchMode):
 
     def given_up(self, reason: object) -> Composition:
         """What is decided where the graph with the inlined calls cannot be used, and the calls stay."""
-        left = {**dict.fromkeys(self._fused, f"the implementation cannot be captured with it: {reason}"), **self._left}
-        return Composition({}, left, list(self._dispatches.values()), self._generation)
+        ops = [name for name in self._fused if name not in self._natives]
+        left = {**dict.fromkeys(ops, f"the implementation cannot be captured with it: {reason}"), **self._left}
+        return Composition(
+            dict.fromkeys(self._natives, NATIVE), left, list(self._dispatches.values()), self._generation
+        )
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -202,6 +202,8 @@ class Native:
                 return fn(*args, **kwargs)
             entry = innermost()
             if entry.mode is None and entry.outside is None:
+                if entry.captures is not None:
+                    entry.captures(self.name)
                 return fn(*args, **kwargs)
             if self.impl.outside:
                 try:

@@ -147,7 +147,7 @@ def test_the_compilers_own_calls_are_not_caught(define_ir_op):
 
 def test_compiling_in_the_background(counted):
     backend = GatedBackend()
-    mode = dc.enable(config=dc.CompileConfig(backend=backend, background=True))
+    mode = dc.enable(config=dc.CompileConfig(backend=backend, on_new="background"))
     counted(X)
     backend.gate.set()
     assert mode.cache.wait(60)

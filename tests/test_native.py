@@ -365,6 +365,23 @@ class TestObjects:
         check(mode, layers[0].forward, h)
         assert mode.cache.stats().compiles == 4
 
+    def test_an_attribute_whose_list_is_changed_steps_aside(self, mode):
+        class Counting:
+            def __init__(self):
+                self.seen = []
+
+            @dc.native
+            def count(self, h):
+                self.seen.append(1)
+                return h + len(self.seen)
+
+        counting, h = Counting(), torch.zeros(3)
+        with mode:
+            counting.count(h)
+            assert_same(counting.count(h), torch.full((3,), 2.0))
+        assert counting.seen == [1, 1]
+        assert set(reasons(mode)) == {"the implementation changes a list or dictionary that it is given"}
+
     def test_an_attribute_that_is_set_steps_aside(self, mode):
         layer = Scaled()
         with mode:
@@ -699,6 +716,40 @@ class TestDynamicSizes:
         for value in (0.2, 0.3, 0.2, 0.3):
             check(inductor, scaled, torch.randn(4), value)
         assert inductor.cache.stats().compiles == 2
+
+
+class TestCompositions:
+    def test_a_native_in_a_native_is_fused_and_shown(self, inductor):
+        @dc.native(name="inner")
+        def inner(h):
+            return torch.sigmoid(h) * h
+
+        @dc.native(name="outer")
+        def outer(h):
+            return inner(dc.ops.silu_and_mul(h)) + 1
+
+        h = torch.randn(4, 64)
+        check(inductor, outer, h)
+        [event] = inductor.trace.events
+        assert event.fuses == ("silu_and_mul", "inner")
+        code = inductor.explain(outer, h).generated_code
+        assert code is not None
+        assert code.count("async_compile.cpp_pybinding(") == 1
+
+    def test_what_the_inner_one_reads_outside_of_itself_is_guarded(self, mode, monkeypatch):
+        @dc.native
+        def inner(h):
+            return h * LIMIT
+
+        @dc.native
+        def outer(h):
+            return inner(h) + 1
+
+        h = torch.randn(4)
+        check(mode, outer, h)
+        monkeypatch.setattr(f"{__name__}.LIMIT", 1.0)
+        check(mode, outer, h)
+        assert mode.cache.stats().compiles == 2
 
 
 class TestTracing:
