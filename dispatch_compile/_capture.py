@@ -217,6 +217,8 @@ def _traced(
         raise Relearn(Learned(reads=frozenset(stand_ins.unread)))
     _unregister_constants(graph)
     written = _check_graph(graph, parameters, arguments)
+    if found[-1].expression == "None" and not written:
+        raise StepAside("the implementation returns nothing and changes no argument: what it does is not in its graph")
     return Captured(graph, token_counts, symbols, numbers, fakes, shape_env, found[-1], written, arguments, NO_CALLS)
 
 
