@@ -60,7 +60,7 @@ def check(mode: dc.DispatchCompileMode, fn: Any, *args: Any, compiled: bool = Tr
 def assert_close(actual: Any, expected: Any) -> None:
     assert type(actual) is type(expected)
     if isinstance(expected, Tensor):
-        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(actual, expected, equal_nan=True)
         assert actual.stride() == expected.stride()
     elif isinstance(expected, (list, tuple)):
         assert len(actual) == len(expected)
@@ -692,7 +692,7 @@ class TestDynamicSizes:
         def scaled(q, scale):
             return q * scale, q + scale, q - scale, torch.where(q > scale, q, scale)
 
-        q = (torch.randn(64, 8) * 8).to(dtype)
+        q = torch.arange(-256, 256).view(64, 8).div(2).to(dtype)  # none is nearly as large as a value
         for value in values:
             check(inductor, scaled, q, value)
         assert inductor.cache.stats().compiles <= 3

@@ -131,8 +131,8 @@ def test_a_call_that_loads_says_so(folder, define_ir_op):
         op(x)
     assert [(event.new, event.loaded) for event in mode.trace.events] == [(False, True), (False, False)]
     assert [str(event).partition("  # ")[2] for event in mode.trace.events] == [
-        "compiled, loaded: [s0, 3]",
-        "compiled, reused: [s0, 3]",
+        "compiled native, loaded: [s0, 3]",
+        "compiled native, reused: [s0, 3]",
     ]
     assert cache.stats() == dc.CacheStats(compiles=0, hits=2, fallbacks=0, asides=0, loads=1)
 
