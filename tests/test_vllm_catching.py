@@ -364,7 +364,7 @@ def test_a_mode_that_does_not_catch_or_compile_it_leaves_it_to_vllm(catching, vl
     layer = made(lambda: Scaled(2))
     for mode in (
         dc.DispatchCompileMode(ops=["dispatch_compile"], config=EAGER),
-        dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", providers=("other",))),
+        dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", providers=("aiter",))),
     ):
         with mode:
             layer(X)
