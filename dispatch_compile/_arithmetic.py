@@ -9,6 +9,7 @@ The rules rest on ``python -m dispatch_compile numerics --ops all``, which compa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ class Rule:
         device: where Inductor does so; None for everywhere.
         when: for which of the op's arguments it matters.
         before: the torch version that mended it.
+        options: for Inductor, that the decomposition needs.
     """
 
     why: str
@@ -42,12 +44,13 @@ class Rule:
     device: str | None = None
     when: Callable[[Node], bool] = lambda node: True
     before: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def rule_for(node: Node) -> Rule | None:
     """The rule for one op of a graph, if there is any."""
     device = _device(node)
-    for rule in RULES.get(functional_op(node.target).overloadpacket, ()):
+    for rule in (*RULES_FOR_ALL, *RULES.get(functional_op(node.target).overloadpacket, ())):
         mended = rule.before is not None and torch.__version__ >= rule.before
         if not mended and rule.device in (None, device) and rule.when(node):
             return rule
@@ -55,8 +58,14 @@ def rule_for(node: Node) -> Rule | None:
 
 
 def _device(node: Node) -> str | None:
-    values = (operand.meta["val"] for operand in node.all_input_nodes)
-    return next((value.device.type for value in values if isinstance(value, torch.Tensor)), None)
+    values = [*_bitwise.tensors(node), node.meta.get("val")]
+    devices = [value.device.type for value in values if isinstance(value, torch.Tensor)]
+    return next((device for device in devices if device != CPU), CPU if devices else None)
+
+
+def _has_minus_zero(node: Node) -> bool:
+    numbers = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, float)]
+    return any(number == 0 and math.copysign(1, number) < 0 for number in numbers)
 
 
 def _of_floats(node: Node) -> bool:
@@ -108,6 +117,10 @@ def _to_int8(node: Node) -> bool:
     return node.kwargs.get("dtype") is torch.int8 and _of_floats(node)
 
 
+def _to_small_integer(node: Node) -> bool:
+    return node.kwargs.get("dtype") in eager.CONVERTED_THROUGH and _of_floats(node)
+
+
 def _to_float8_without_limits(node: Node) -> bool:
     """Whether numbers may be out of range; quantization limits them first."""
     if node.kwargs.get("dtype") is not torch.float8_e4m3fn or not isinstance(node.args[0], Node):
@@ -130,6 +143,27 @@ def _inverts(node: Node) -> bool:
 
 def _floors(node: Node) -> bool:
     return node.kwargs.get("rounding_mode") == "floor" and _of_floats(node)
+
+
+def _rounds_quotient(node: Node) -> bool:
+    return node.kwargs.get("rounding_mode") is not None and _of_floats(node)
+
+
+def _with_tensor(node: Node) -> bool:
+    return _of_floats(node) and len(_bitwise.tensors(node)) > 1
+
+
+def _may_be_at_zero(node: Node) -> bool:
+    """Whether a limit is zero, or a tensor."""
+    return _at_zero(node) or _with_tensor(node)
+
+
+def _in_32_bits(node: Node) -> bool:
+    return bool(_bitwise.tensors(node)[0].dtype is torch.float32)
+
+
+def _in_64_bits(node: Node) -> bool:
+    return bool(_bitwise.tensors(node)[0].dtype is torch.float64)
 
 
 def _in_16_bits(node: Node) -> bool:
@@ -156,17 +190,23 @@ _SQUARES = "squares large arguments, beyond infinity"
 _SATURATES = "saturates what 8 bits do not hold"
 _ZEROS = "takes either zero for the larger"
 
-CPU, CUDA = "cpu", "cuda"
+_TWO_ZEROS = "takes either zero for the smaller"
+_NAN = "finds another place for NaN"
 
+CPU, CUDA = "cpu", "cuda"
+_EXACT_QUOTIENT = {"eager_numerics.division_rounding": True}
+
+RULES_FOR_ALL = (Rule("writes 0.0 for the number -0.0", device=CUDA, when=_has_minus_zero),)
 # The first rule that applies counts.
 RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     aten.floor_divide: (
         Rule(_STEPS, when=_in_16_bits),
-        Rule(_QUOTIENT, eager.floor_divide, when=_of_floats),
+        Rule(_QUOTIENT, eager.floor_divide, when=_of_floats, options=_EXACT_QUOTIENT),
     ),
     aten.div: (
         Rule(_STEPS, when=lambda node: bool(node.kwargs) and _in_16_bits(node)),
-        Rule(_QUOTIENT, eager.divide, when=_floors),
+        Rule(_QUOTIENT, eager.divide, CPU, when=_floors),
+        Rule(_QUOTIENT, eager.divide, CUDA, when=_rounds_quotient, options=_EXACT_QUOTIENT),
     ),
     aten.remainder: (
         Rule("calls another fmod", device=CPU, when=_number_first),
@@ -178,45 +218,77 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
         Rule(_NUMBER, when=_beside_0_dims),
         Rule(_NUMBER, eager.rounding_its_number(aten.fmod.Scalar), when=_number_is_rounded),
     ),
-    **dict.fromkeys([aten.clamp, aten.clamp_min], (Rule(_ZEROS, eager.clamp, CPU, _at_zero),)),
-    aten.clamp_max: (Rule(_ZEROS, eager.clamp_max, CPU, _at_zero),),
+    aten.clamp: (
+        Rule(_ZEROS, eager.clamp, CPU, _at_zero),
+        Rule(_TWO_ZEROS, eager.clamp_on_gpu, CUDA, _may_be_at_zero),
+    ),
+    aten.clamp_min: (
+        Rule(_ZEROS, eager.clamp, CPU, _at_zero),
+        Rule(_TWO_ZEROS, eager.clamp_on_gpu, CUDA, _with_tensor),
+    ),
+    aten.clamp_max: (
+        Rule(_ZEROS, eager.clamp_max, CPU, _at_zero),
+        Rule(_TWO_ZEROS, eager.clamp_max_on_gpu, CUDA, _may_be_at_zero),
+    ),
+    aten.maximum: (Rule(_TWO_ZEROS, eager.maximum, CUDA, _of_floats),),
+    aten.minimum: (Rule(_TWO_ZEROS, eager.minimum, CUDA, _of_floats),),
+    aten.max: (Rule(_TWO_ZEROS, eager.maximum, CUDA, _with_tensor),),
+    aten.min: (Rule(_TWO_ZEROS, eager.minimum, CUDA, _with_tensor),),
+    aten.relu: (Rule(_TWO_ZEROS, eager.relu, CUDA, _of_floats),),
     aten.hardtanh: (
         Rule("gives floating-point numbers for integers", when=_of_integers),
         Rule(_ZEROS, eager.hardtanh, CPU, _at_zero),
+        Rule(_TWO_ZEROS, eager.hardtanh_on_gpu, CUDA, _at_zero),
     ),
-    aten.threshold: (Rule("computes with integers as floating-point numbers", when=_of_integers),),
+    aten.threshold: (
+        Rule("computes with integers as floating-point numbers", when=_of_integers),
+        Rule(_NUMBER, device=CUDA, when=_number_is_rounded),
+    ),
+    aten.hardshrink: (Rule(_NUMBER, device=CUDA, when=_number_is_rounded),),
+    **{
+        packet: (Rule(_NUMBER, eager.rounding_its_number(packet.Scalar), CUDA, _by_scalar_overload),)
+        for packet in (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)
+    },
     **dict.fromkeys([aten.cosh, aten.sinh], (Rule("overflows later for integers", device=CPU, when=_of_integers),)),
-    **dict.fromkeys([aten.fmax, aten.fmin], (Rule(_ZEROS, device=CPU),)),
+    **dict.fromkeys([aten.fmax, aten.fmin], (Rule(_ZEROS),)),
     aten._to_copy: (
         Rule(_SATURATES, eager.to_copy, CPU, _to_int8),
+        Rule(_SATURATES, eager.to_copy, CUDA, _to_small_integer),
         Rule(_SATURATES, eager.to_copy, CUDA, _to_float8_without_limits),
     ),
+    aten.sigmoid: (Rule(_DIGITS, eager.sigmoid, CUDA, _in_32_bits),),
+    aten.glu: (Rule(_DIGITS, eager.glu, CUDA, _in_32_bits),),
+    aten.signbit: (Rule("does not see the sign of -0.0", device=CUDA, when=_in_64_bits),),
+    aten.frexp: (Rule("other exponents for what is subnormal or not finite", device=CUDA),),
+    aten.i0: (Rule(_DIGITS, device=CUDA),),
+    **dict.fromkeys([aten.bucketize, aten.searchsorted], (Rule(_NAN, device=CUDA, when=_of_floats),)),
+    aten.sort: (Rule(_NAN, device=CUDA, when=_of_floats),),
     aten.neg: (Rule("subtracts from zero", eager.neg, CUDA, _of_floats),),
     **dict.fromkeys([aten.expm1, aten.erf, aten.atanh, aten.elu, aten.celu], (Rule(_NEAR_ZERO, device=CPU),)),
     aten.acosh: (Rule(_SQUARES, device=CPU),),
     aten.asinh: (Rule(_SQUARES, device=CPU, before="2.13"),),
-    aten.frac: (Rule("gives the wrong zero", device=CPU, before="2.13"),),
+    aten.frac: (Rule("gives the wrong zero", before="2.13"),),
     aten.gelu: (Rule("eager calls oneDNN, which gives NaN for infinity", device=CPU, when=_is_contiguous),),
     aten.pow: (
-        Rule("raises the reciprocal to the power, or the other way round", device=CPU, when=_inverts),
+        Rule("raises the reciprocal to the power, or the other way round", when=_inverts),
         Rule(_NUMBER, when=_number_is_rounded_first),
     ),
-    aten.softshrink: (Rule("gives 0 for NaN", device=CPU),),
+    aten.softshrink: (Rule("gives 0 for NaN"),),
     aten.round: (Rule("multiplies by a power of ten, where eager divides", when=lambda n: "decimals" in n.kwargs),),
     aten.logit: (Rule(_STEPS, device=CPU, when=_in_16_bits),),
     aten.nextafter: (Rule("gives a number of 32 bits", when=_in_16_bits),),
-    **dict.fromkeys([aten.var_mean, aten.std_mean], (Rule(_MEAN, device=CPU),)),
-    aten.native_layer_norm: (Rule(_MEAN, device=CPU, when=_of_statistics),),
+    **dict.fromkeys([aten.var_mean, aten.std_mean], (Rule(_MEAN),)),
+    aten.native_layer_norm: (Rule(_MEAN, when=_of_statistics),),
     aten._euclidean_dist: (Rule("multiplies matrices in another order, which shows where the product cancels"),),
     aten.add: (
         Rule(_FUSED, when=_scaled),
-        Rule(_NUMBER, eager.rounding_its_number(aten.add.Scalar), when=_by_scalar_overload),
+        Rule(_NUMBER, eager.rounding_its_number(aten.add.Scalar), CPU, _by_scalar_overload),
         Rule(_NUMBER, eager.rounding_its_number(aten.add.Tensor, [torch.float16]), CPU, _to_float16),
     ),
     **{
         packet: (
             Rule(_FUSED, when=_scaled),
-            Rule(_NUMBER, eager.rounding_its_number(packet.Scalar), when=_by_scalar_overload),
+            Rule(_NUMBER, eager.rounding_its_number(packet.Scalar), CPU, _by_scalar_overload),
         )
         for packet in (aten.sub, aten.rsub)
     },
@@ -284,11 +356,14 @@ def treatment(graph: GraphModule, bitwise: bool) -> Treatment:
     if bitwise:
         whole = frozenset(functional_op(node.target) for node in nodes if not _bitwise.is_exact(node))
         return Treatment(dict.fromkeys(whole), {**_bitwise.OPTIONS, **_compiling(whole, _bitwise.is_exact)})
-    rules = {functional_op(node.target): rule.decomposition for node in nodes if (rule := rule_for(node)) is not None}
-    whole = frozenset(op for op, decomposition in rules.items() if decomposition is None)
-    if not whole:
-        return Treatment(rules)
-    return Treatment(rules, {"fallback_by_default": True, **_compiling(whole, lambda node: True)})
+    found = [(functional_op(node.target), rule) for node in nodes if (rule := rule_for(node)) is not None]
+    # Where one call of an op is left to ATen, all are.
+    whole = frozenset(op for op, rule in found if rule.decomposition is None)
+    rules = {op: None if op in whole else rule.decomposition for op, rule in found}
+    options = {name: value for _, rule in found for name, value in rule.options.items()}
+    if whole:
+        options |= {"fallback_by_default": True, **_compiling(whole, lambda node: True)}
+    return Treatment(rules, options)
 
 
 def _compiling(whole: frozenset[OpOverload], compiles: Callable[[Node], bool]) -> Mapping[str, Any]:

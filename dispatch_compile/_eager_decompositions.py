@@ -6,7 +6,7 @@ Each takes an op's arguments. A result NotImplemented leaves the call to Inducto
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from ._torch_private import OpOverload, without_modes
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+CONVERTED_THROUGH = {torch.int8: torch.int32, torch.int16: torch.int32, torch.uint8: torch.int64}
 LARGEST_ROUNDED_TO_E4M3 = 464.0  # to 448, the largest number; halfway to what would be the next
+
+Limit: TypeAlias = Tensor | Number | None
 
 
 def floor_divide(a: Tensor | Number, b: Tensor | Number) -> Any:
@@ -24,11 +27,13 @@ def floor_divide(a: Tensor | Number, b: Tensor | Number) -> Any:
     dtype = torch.result_type(a, b)
     if not dtype.is_floating_point:
         return NotImplemented
+    inverse = _inverse_on_gpu(a, b, dtype)
     a, b = _computed_in(a, b)
-    rounded = a / b
+    rounded = a / b if inverse is None else a * inverse
     modulus = torch.fmod(a, b)
     # fmod gives NaN on a CPU where the quotient is too large.
-    quotient = torch.where(rounded.isinf() & ~a.isinf(), a, a - modulus) / b
+    whole = torch.where(rounded.isinf() & ~a.isinf(), a, a - modulus)
+    quotient = whole / b if inverse is None else whole * inverse
     quotient = torch.where((modulus != 0) & ((modulus < 0) != (b < 0)), quotient - 1, quotient)
     floor = quotient.floor()
     floor = torch.where(quotient - floor > 0.5, floor + 1, floor)
@@ -36,7 +41,21 @@ def floor_divide(a: Tensor | Number, b: Tensor | Number) -> Any:
 
 
 def divide(a: Tensor | Number, b: Tensor | Number, rounding_mode: str | None = None) -> Any:
-    return floor_divide(a, b) if rounding_mode == "floor" else NotImplemented
+    dtype = torch.result_type(a, b)
+    if rounding_mode == "floor":
+        return floor_divide(a, b)
+    if rounding_mode == "trunc" and (inverse := _inverse_on_gpu(a, b, dtype)) is not None:
+        return torch.trunc(_computed_in(a, b)[0] * inverse).to(dtype)
+    return NotImplemented
+
+
+def _inverse_on_gpu(a: Tensor | Number, b: Tensor | Number, dtype: torch.dtype) -> Number | None:
+    """What eager multiplies by, on a GPU, instead of dividing by a number."""
+    if not dtype.is_floating_point or isinstance(b, Tensor) or b == 0 or not isinstance(a, Tensor) or not a.is_cuda:
+        return None
+    with without_modes():
+        inverse: Number = torch.tensor(b, dtype=torch.float32 if dtype in SIXTEEN_BITS else dtype).reciprocal().item()
+    return inverse
 
 
 def remainder(a: Tensor | Number, b: Tensor | Number) -> Any:
@@ -83,10 +102,56 @@ def clamp_max(x: Tensor, high: Number) -> Any:
     return clamp(x, None, high)
 
 
+def clamp_on_gpu(x: Tensor, low: Limit = None, high: Limit = None) -> Any:
+    """There -0.0 is smaller than 0.0."""
+    if not x.is_floating_point():
+        return NotImplemented
+    if low is not None:
+        x = maximum(x, low) if isinstance(low, Tensor) else torch.where(x <= low, low, x)
+    if high is not None:
+        x = minimum(x, high) if isinstance(high, Tensor) else torch.where(x > high, high, x)
+    return x
+
+
+def clamp_max_on_gpu(x: Tensor, high: Limit) -> Any:
+    return clamp_on_gpu(x, None, high)
+
+
+def relu(x: Tensor) -> Any:
+    return clamp_on_gpu(x, 0)
+
+
+def hardtanh_on_gpu(x: Tensor, low: Number = -1, high: Number = 1) -> Any:
+    return clamp_on_gpu(x, low, high)
+
+
+def maximum(a: Tensor, b: Tensor) -> Any:
+    if not torch.result_type(a, b).is_floating_point:
+        return NotImplemented
+    return torch.where((a == 0) & (b == 0), a + b, torch.where((a > b) | a.isnan(), a, b))
+
+
+def minimum(a: Tensor, b: Tensor) -> Any:
+    if not torch.result_type(a, b).is_floating_point:
+        return NotImplemented
+    smaller_zero = (a * -1.0 + b * -1.0) * -1.0
+    return torch.where((a == 0) & (b == 0), smaller_zero, torch.where((a < b) | a.isnan(), a, b))
+
+
+def sigmoid(x: Tensor) -> Any:
+    """With the exact exp; Triton's own sigmoid has one that loses digits as its argument grows."""
+    return (1 + (x * -1.0).exp()).reciprocal() if x.dtype is torch.float32 else NotImplemented
+
+
+def glu(x: Tensor, dim: int = -1) -> Any:
+    gated, gate = x.chunk(2, dim)
+    return gated * sigmoid(gate) if x.dtype is torch.float32 else NotImplemented
+
+
 def to_copy(x: Tensor, *, dtype: torch.dtype | None = None, **layout: Any) -> Any:
-    """What int8 does not hold goes through 32 bits in eager; what float8_e4m3fn does not hold becomes NaN."""
-    if dtype is torch.int8 and x.is_floating_point():
-        return x.to(torch.int32).to(dtype=dtype, **layout)
+    """What 8 or 16 bits do not hold goes through more in eager; what float8_e4m3fn does not hold becomes NaN."""
+    if dtype in CONVERTED_THROUGH and x.is_floating_point():
+        return x.to(CONVERTED_THROUGH[dtype]).to(dtype=dtype, **layout)
     if dtype is torch.float8_e4m3fn and x.is_floating_point() and x.dtype not in FLOAT8 and not layout:
         in_range = x.abs() <= LARGEST_ROUNDED_TO_E4M3
         return torch.ops.prims.convert_element_type(torch.where(in_range, x, torch.nan), dtype)

@@ -21,6 +21,8 @@ def options_for(captured: Captured) -> dict[str, Any]:
         # libraries return inside, only the code can compare with what their fake kernels promised.
         "size_asserts": any(map(_is_of_other_library, captured.graph.graph.nodes)),
         **_rounding(captured),
+        # Keep subnormal numbers on a GPU, as eager does; Triton's libraries would take them for zero.
+        "eager_numerics.disable_ftz": any(fake.device.type == "cuda" for fake in captured.fakes),
         **_bounds_checks(captured),
     }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import dispatch_compile as dc
 from dispatch_compile import _arithmetic
+from dispatch_compile import _eager_decompositions as eager
 from dispatch_compile._arithmetic import RULES, Treatment, treatment
 from dispatch_compile._bitwise import ROUNDS_IN_CPP
 from dispatch_compile.bench import sweep, sweep_values
@@ -27,11 +28,11 @@ from dispatch_compile.bench.ulps import Distance
 BF16, FP16, FP32 = DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 
-def compiled(op: dc.IrOp, *args: Any, bitwise: bool = False) -> tuple[Tensor, str]:
+def compiled(op: dc.IrOp, *args: Any, bitwise: bool = False) -> tuple[Any, str]:
     """The result of compiled code, and the code."""
     mode = dc.DispatchCompileMode(config=dc.CompileConfig(bitwise=bitwise))
     with mode:
-        result: Tensor = op(*args)
+        result = op(*args)
     assert mode.cache.stats().hits == 1
     return result, str(specializations(mode, op)[0].code.source)
 
@@ -210,15 +211,20 @@ def test_integers(define_ir_op):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ops_that_ship_are_compiled_as_without_rules(name, dtype, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ops_that_ship_are_compiled_as_without_rules(name, dtype, device, monkeypatch):
+    """By the rules for a GPU, too; no GPU is needed to ask."""
+    monkeypatch.setattr(_arithmetic, "_device", lambda node: device)
+    mode = dc.DispatchCompileMode(config=dc.CompileConfig(on_failure="raise"))
     seen: list[Treatment] = []
     treated = _arithmetic.treatment
     monkeypatch.setattr("dispatch_compile._compilation.treatment", lambda *a: seen.append(treated(*a)) or seen[-1])
     monkeypatch.setattr("dispatch_compile._compilation.inductor_compile", stopping)
     arguments = CASES[name].arguments(Inputs(Sizes(7, 1024, dtype, "cpu")))
-    with dc.DispatchCompileMode(), pytest.raises(dc.CompileError, match="seen enough"):
+    with mode, pytest.raises(dc.CompileError, match="seen enough"):
         CASES[name].op(*arguments)
-    assert seen == [Treatment()]
+    assert seen
+    assert set(map(str, seen)) == {str(Treatment())}
 
 
 def stopping(*args: Any) -> None:
@@ -267,6 +273,45 @@ def test_a_rule_holds_where_it_says(define_ir_op):
         node.meta["val"] = torch.empty(4)
         assert (_arithmetic.rule_for(node) is not None) is ruled
     assert not aten_calls(compiled(define_ir_op(limited), torch.randn(4, 24))[1])
+
+
+def test_one_call_left_to_aten_leaves_all_of_its_op(define_ir_op):
+    """Whichever comes first: in 16 bits // is ATen's, in 32 bits it is fused."""
+
+    def body(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [x // 0.1, y // 0.1, (x + 1) // 0.1]
+
+    x, y = sweep_values.several(BF16, 2)
+    _, code = compiled(define_ir_op(body), x, y.float())
+    assert set(aten_calls(code)) == {"floor_divide"}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_zeros_on_a_gpu(dtype):
+    """-0.0 is the smaller one; NaN is either's result."""
+    numbers = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-40], dtype=dtype)
+    x, y = (grid.flatten() for grid in torch.meshgrid(numbers, numbers, indexing="ij"))
+    zeros, negative = (x == 0) & (y == 0), torch.stack([x, y]).signbit()
+    of_zeros = [torch.where(sign, -0.0, 0.0).to(dtype) for sign in (negative.all(0), negative.any(0))]
+    for decomposition, op, zero in zip(
+        (eager.maximum, eager.minimum), (torch.maximum, torch.minimum), of_zeros, strict=True
+    ):
+        assert not dict(faults_of(decomposition(x, y), torch.where(zeros, zero, op(x, y))))
+    assert not dict(faults_of(eager.relu(x), torch.where(x == 0, 0.0, x.relu())))
+    assert not dict(faults_of(eager.clamp_on_gpu(x, None, 0), torch.where(x == 0, x, x.clamp(max=0.0))))
+
+
+def test_minus_zero_is_left_to_aten_on_a_gpu(define_ir_op, monkeypatch):
+    """Triton writes 0.0 for it."""
+    monkeypatch.setattr(_arithmetic, "_device", lambda node: "cuda")
+
+    def body(x: Tensor) -> list[Tensor]:
+        return [torch.where(x > 0, x, -0.0), torch.full_like(x, -0.0), x + 1]
+
+    result, code = compiled(define_ir_op(body), torch.tensor([1.0, -1.0] * 12))
+    assert aten_calls(code)
+    assert result[0].signbit().tolist() == [False, True] * 12
+    assert result[1].signbit().all()
 
 
 def test_every_rule_is_one_for_an_op_that_inductor_has_code_for():
