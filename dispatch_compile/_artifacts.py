@@ -138,10 +138,14 @@ def _check_plain(item: Hashable) -> None:
     if type(item) is tuple:
         for part in item:
             _check_plain(part)
-    elif not isinstance(item, type) and type(item) not in _PLAIN:
+    elif isinstance(item, type):
+        if item.__module__ not in _SAME_EVERYWHERE:  # of its name there may be another class in another process
+            raise CannotSave(f"its key holds the class {item.__qualname__}")
+    elif type(item) not in _PLAIN:
         raise CannotSave(f"its key holds a {type(item).__name__}")
 
 
+_SAME_EVERYWHERE = ("builtins", "collections", "torch")
 _PLAIN = (str, bool, int, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 

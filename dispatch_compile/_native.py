@@ -157,6 +157,9 @@ class Native:
         self._written = frozenset(mutates_args) or None
         self.signature = signature
 
+    def __repr__(self) -> str:
+        return f"Native({self.name!r})"
+
     @functools.cached_property
     def impl(self) -> FunctionImpl:
         """The function as an implementation. Made at the first call: what it reads may be defined after it."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import types
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,14 @@ def test_a_key_with_an_object_has_no_text(saved):
     with pytest.raises(CannotSave, match="holds a object"):
         key_text((1, ("x", object())))
     assert Artifacts([saved.artifact]).find(saved.origin, (object(),), saved.arguments) is None
+
+
+def test_a_key_with_a_class_of_ones_own_has_no_text():
+    """In another process the class of that name may be another one, and code is made of what it has."""
+    plain = (float, str, tuple, dict, OrderedDict, type(None), torch.dtype, torch.device, torch.Size)
+    assert key_text(plain)
+    with pytest.raises(CannotSave, match="its key holds the class Saved"):
+        key_text((1, (Saved, "x")))
 
 
 # ---- Files

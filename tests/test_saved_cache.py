@@ -107,6 +107,36 @@ def test_what_cannot_be_saved_is_left_out(folder, define_ir_op):
         assert cache.stats().compiles == 1
 
 
+class Layer:
+    def __init__(self) -> None:
+        self.weight = torch.ones(3)
+
+
+@dc.native
+def limited(x, limit):
+    return torch.sigmoid(x) * limit
+
+
+@dc.native
+def weighted(x, layer):
+    return x * layer.weight
+
+
+def test_natives_are_saved_unless_they_take_an_object_of_some_class(folder, caplog):
+    def call_both() -> None:
+        limited(torch.ones(4, 3), 7.0)
+        weighted(torch.ones(4, 3), Layer())
+
+    with dc.DispatchCompileMode() as mode:
+        call_both()
+    mode.cache.save(folder / "file")
+    assert "of Native('test_saved_cache.weighted') for [s0, 3], [3] is not saved: its key holds the class" in caplog.text
+    cache = dc.NativeCache.load(folder / "file")
+    with dc.DispatchCompileMode(cache=cache, trace=True) as mode:
+        call_both()
+    assert [(event.new, event.loaded) for event in mode.trace.events] == [(False, True), (True, False)]
+
+
 def test_a_damaged_file(folder):
     (folder / "file").write_text("something else")
     with pytest.raises(dc.ArtifactError, match="is no file of saved code"):
