@@ -226,23 +226,23 @@ def test_native_and_why(define_ir_op):
         x.add_(1)
         return x * 2
 
-    def trace_same(x: Tensor) -> Tensor:
-        return x
+    def trace_view(x: Tensor) -> Tensor:
+        return x[1:]
 
     def trace_global(x: Tensor) -> Tensor:
         return x * torch.tensor([1.0, 2.0, 3.0]).add(ONE)
 
     mode, x = dc.DispatchCompileMode(config=EAGER_OR_NATIVE, trace=True), torch.ones(4, 3)
     with mode:
-        for native in (trace_item, trace_noise, trace_write, trace_same, trace_global):
+        for native in (trace_item, trace_noise, trace_write, trace_view, trace_global):
             define_ir_op(native, name=native.__name__)(x)
     assert_expected_inline(
         str(mode.trace),
         """\
 dispatch_compile::trace_item(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the 'native' implementation of dispatch_compile::trace_item cannot be captured: it depends on the values in a tensor (aten._local_scalar_dense.default)
 dispatch_compile::trace_noise(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the implementation draws random numbers (aten.rand_like.default)
-dispatch_compile::trace_write(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the implementation changes its argument x
-dispatch_compile::trace_same(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, result 0 shares memory with argument x
+dispatch_compile::trace_write(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the implementation changes its argument x, which is not declared as mutated
+dispatch_compile::trace_view(t: f32[4, 3])  ->  t: f32[3, 3]  # eager native, result 0 shares memory with argument x
 dispatch_compile::trace_global(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the 'native' implementation of dispatch_compile::trace_global cannot be captured: AssertionError: Please convert all Tensors to FakeTensors first or instantiate FakeTensorMode with 'allow_non_fake_inputs'. Found in aten.add.Tensor(FakeTensor(..., size=(3,)), tensor(1., size=()))""",  # noqa: E501 - a line of a trace is as long as it is
     )
 

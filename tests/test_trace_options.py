@@ -236,7 +236,7 @@ def test_difference_is_logged(scale, caplog):
         scale(torch.ones(4, 3))
         scale(torch.ones(4, 3).double())
     first, second = [record.getMessage() for record in caplog.records if record.name == "dispatch_compile"]
-    assert first.startswith("compiled dispatch_compile.opt_scale.default (native) for [s0, 3] in ")
+    assert first.startswith("compiled dispatch_compile::opt_scale (native) for [s0, 3] in ")
     assert second.endswith(" s: x is f64, was f32")
 
 
