@@ -1,4 +1,4 @@
-"""Native implementations that do what compiled code cannot, or hardly: what eager does must come out, or a clear error."""
+"""Native implementations that do what compiled code cannot, or hardly: what eager does comes out, or a clear error."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def draw_panels(panels: Panels, subject: str, path: Path) -> None:
         for panel, curves in zip(row, of_columns.values(), strict=True):
             _draw_panel(panel, curves)
     for panel, column in zip(grid[0], columns, strict=True):
-        panel.set_title(column)
+        panel.set_title(column, fontsize="small" if len(column) > 30 else None)
     for panel in grid[-1]:
         panel.set_xlabel("tokens")
     figure.suptitle(f"Lower is better. {subject}", fontsize="medium")
