@@ -104,13 +104,8 @@ def _number_is_rounded_first(node: Node) -> bool:
 
 
 def _by_scalar_overload(node: Node) -> bool:
-    """Whether it is an overload for numbers; a number in the place of a tensor, as x + 0.1 has it, is not rounded."""
+    """Whether it is an overload for numbers; one in the place of a tensor, as in x + 0.1, is rounded on a CPU only."""
     return functional_op(node.target)._overloadname == "Scalar" and _number_is_rounded(node)
-
-
-def _to_float16(node: Node) -> bool:
-    """Whether a number is added that float16 does not hold; eager rounds it then, but not beside bfloat16."""
-    return _number_is_rounded(node) and any(value.dtype is torch.float16 for value in _bitwise.tensors(node))
 
 
 def _to_int8(node: Node) -> bool:
@@ -283,12 +278,13 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     aten.add: (
         Rule(_FUSED, when=_scaled),
         Rule(_NUMBER, eager.rounding_its_number(aten.add.Scalar), CPU, _by_scalar_overload),
-        Rule(_NUMBER, eager.rounding_its_number(aten.add.Tensor, [torch.float16]), CPU, _to_float16),
+        Rule(_NUMBER, eager.rounding_its_number(aten.add.Tensor), CPU, _number_is_rounded),
     ),
     **{
         packet: (
             Rule(_FUSED, when=_scaled),
             Rule(_NUMBER, eager.rounding_its_number(packet.Scalar), CPU, _by_scalar_overload),
+            Rule(_NUMBER, eager.rounding_its_number(packet.Tensor), CPU, _number_is_rounded),
         )
         for packet in (aten.sub, aten.rsub)
     },

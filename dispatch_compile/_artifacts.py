@@ -24,6 +24,7 @@ from ._origin import CannotSave, Origin, digest, now
 from ._programs import Program, program_of
 from ._saved_file import ArtifactError
 from ._specialize.arguments import Arguments
+from ._surroundings import Surroundings
 from ._specialize.guards import holds
 from ._torch_private import InductorCode, TritonLaunch, guard_functions
 
@@ -58,6 +59,7 @@ class Artifact:
     written: tuple[str, ...]
     fused: Mapping[str, str]  # as in a Composition, and so is the next
     asked: tuple[str, ...]
+    surroundings: tuple[str, ...]  # the names of what it read of the program around it
 
     @staticmethod
     def of(origin: Origin | str, key: Hashable, code: Code) -> Artifact:
@@ -98,6 +100,7 @@ class Artifact:
             **fields,
             fused=composition.fused,
             asked=composition.asked,
+            surroundings=code.surroundings.names(),
         )
 
     @property
@@ -118,7 +121,9 @@ class Artifact:
         """Load the code."""
         fields = {name: getattr(self, name) for name in _CODE_FIELDS}
         composition = Composition.again(self.fused, self.asked)
-        return Code(run=self.program.load(), owner=self.program, composition=composition, **fields)
+        surroundings = Surroundings.again(self.surroundings)
+        known = {"composition": composition, "surroundings": surroundings}
+        return Code(run=self.program.load(), owner=self.program, **known, **fields)
 
 
 _CODE_FIELDS = ("call", "source", "shape_guard", "result", "symbolic_shapes", "written")

@@ -25,6 +25,7 @@ from ._specialize.aside import why_special
 from ._specialize.guards import evaluated
 from ._specialize.memory import overlaps_itself
 from ._stand_ins import Relearn, StandIns, StepAside, contents
+from ._surroundings import NOTHING_READ, Surroundings, Watch, watch_of
 from ._torch_private import (
     OpOverload,
     dynamic_number,
@@ -62,6 +63,7 @@ class Captured:
     written: tuple[Leaf, ...]  # the arguments that the implementation writes to
     arguments: Arguments
     composition: Composition  # what became of calls of IR ops
+    surroundings: Surroundings  # what it read of the program around it
 
     @property
     def inputs(self) -> list[Any]:
@@ -161,17 +163,17 @@ def capture(
     inlining = Inlining(impl, config)
     with called_through_torch(), natives_told(inlining.note_native):
         try:
-            captured = _traced(impl.func_impl_fn, parameters, arguments, tokens, inlining)
+            captured = _traced(impl, parameters, arguments, tokens, inlining)
         except (StepAside, CannotCapture) as reason:
             if not inlining.fuses:
                 raise
-            captured = _traced(impl.func_impl_fn, parameters, arguments, tokens, nullcontext())
+            captured = _traced(impl, parameters, arguments, tokens, nullcontext())
             return replace(captured, composition=inlining.given_up(reason))
     return replace(captured, composition=inlining.composition())
 
 
 def _traced(
-    fn: Callable[..., Any],
+    impl: Impl,
     parameters: Parameters,
     arguments: Arguments,
     tokens: Mapping[int, int] | None,
@@ -182,21 +184,24 @@ def _traced(
     token_counts, symbols, fakes = _fake_inputs(arguments, shape_env, fake_mode, tokens or {})
     stand_ins = StandIns(parameters, lambda tensor: _fake_like(tensor, fake_mode))
     found: list[Result] = []
+    watch = watch_of(impl)
 
     def flat(*inputs: Any) -> list[torch.Tensor]:
         given = inputs[len(token_counts) :]
         tensors = given[len(symbols) :]
-        args, kwargs = arguments.rebuilt(arguments.values_with(tensors, given[: len(symbols)]), stand_ins.make)
+        values = arguments.values_with(tensors, given[: len(symbols)])
+        args, kwargs = arguments.rebuilt(values, stand_ins.make, defaults=True)
         shown = [args, kwargs, stand_ins.shown]
         before = contents(shown)
-        with inlining:
-            returned = fn(*args, **kwargs)
+        looks = [_looks(tensor) for tensor in tensors]
+        with inlining, watch or nullcontext():
+            returned = impl.func_impl_fn(*args, **kwargs)
         after = contents(shown)
         if after[:2] != before[:2] or after[2][: len(before[2])] != before[2]:
             raise StepAside("the implementation changes a list or dictionary that it is given")
         inputs_by_source = {leaf.source: t for leaf, t in zip(arguments.tensors, tensors, strict=True)}
         found.append(result_of(returned, inputs_by_source, token_counts))
-        _check_inputs(tensors, arguments)
+        _check_inputs(tensors, looks, arguments)
         _check_outputs(found[-1].outputs, tensors, arguments)
         return found[-1].outputs
 
@@ -212,14 +217,29 @@ def _traced(
     except Exception as error:
         if stand_ins.unread:
             raise Relearn(Learned(reads=frozenset(stand_ins.unread))) from None
-        raise CannotCapture(first_line(error)) from error
+        raise CannotCapture(_why(error, watch)) from error
     if stand_ins.unread:
         raise Relearn(Learned(reads=frozenset(stand_ins.unread)))
     _unregister_constants(graph)
     written = _check_graph(graph, parameters, arguments)
     if found[-1].expression == "None" and not written:
         raise StepAside("the implementation returns nothing and changes no argument: what it does is not in its graph")
-    return Captured(graph, token_counts, symbols, numbers, fakes, shape_env, found[-1], written, arguments, NO_CALLS)
+    read = NOTHING_READ if watch is None else watch.surroundings()
+    return Captured(
+        graph, token_counts, symbols, numbers, fakes, shape_env, found[-1], written, arguments, NO_CALLS, read
+    )
+
+
+def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What of a tensor is not its values. Code does not change it, so that an implementation must not."""
+    return (tensor.dtype, tensor.shape, tensor.stride(), _storage(tensor), dict(vars(tensor)))
+
+
+def _why(error: Exception, watch: Watch | None) -> str:
+    tensors = [] if watch is None else watch.tensors()
+    if tensors and "convert all Tensors to FakeTensors" in str(error):
+        return f"it reads the tensor {' or '.join(tensors)}, which is no input of the code; give it as an argument"
+    return first_line(error)
 
 
 def _of_bytes(op: OpOverload) -> Callable[..., Any]:
@@ -276,8 +296,10 @@ def _unregister_constants(graph: GraphModule) -> None:
         setattr(graph, name, constant)
 
 
-def _check_inputs(inputs: Sequence[torch.Tensor], arguments: Arguments) -> None:
-    for tensor, leaf in zip(inputs, arguments.tensors, strict=True):
+def _check_inputs(inputs: Sequence[torch.Tensor], before: Sequence[Any], arguments: Arguments) -> None:
+    for tensor, looks, leaf in zip(inputs, before, arguments.tensors, strict=True):
+        if str(_looks(tensor)) != str(looks):  # what is known of symbols has changed in both
+            raise StepAside(f"the implementation changes the shape, memory or attributes of its argument {leaf.name}")
         if tensor.requires_grad != leaf.value.requires_grad:
             raise StepAside(f"the implementation changes whether its argument {leaf.name} requires grad")
 

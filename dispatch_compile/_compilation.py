@@ -29,6 +29,7 @@ from ._specialize.change import Pattern, pattern_of
 from ._specialize.guards import GuardedCall, evaluated, guarded, holds
 from ._specialize.memory import apart, sharing
 from ._stand_ins import Relearn, StepAside
+from ._surroundings import NOTHING_READ, Surroundings
 from ._torch_private import (
     InductorCode,
     causes,
@@ -76,6 +77,11 @@ class Code:
     owner: object = None  # what takes the code apart when it is freed, or of which it can be made again
     path: str | None = None  # the file that the backend wrote `source` to
     composition: Composition = NO_CALLS  # what became of calls of IR ops; the code is right while that holds
+    surroundings: Surroundings = NOTHING_READ  # and while this does: what a function reads of the program around it
+
+    def is_valid(self) -> bool:
+        """Whether what it was made of is as it was."""
+        return self.composition.holds() and self.surroundings.hold()
 
     @property
     def names(self) -> dict[str, Any]:
@@ -111,12 +117,14 @@ class Specialization:
         if self.code is None:
             return True
         guard = self.code.shape_guard
-        return self.code.composition.holds() and holds(guard, arguments, guard_functions(guard))
+        return self.code.is_valid() and holds(guard, arguments, guard_functions(guard))
 
     def why_not(self) -> str:
         """Why it does not serve a call that has its key."""
-        if self.code is None or self.code.composition.holds():
+        if self.code is None or self.code.is_valid():
             return f"the sizes do not satisfy {self.guard}"
+        if self.code.composition.holds():
+            return f"{self.code.surroundings.changed()} has changed"
         return "what the dispatch of the ops inside goes by has changed"
 
     @property
@@ -140,9 +148,11 @@ class Specialization:
             return guarded(arguments, " and ".join(several) or None, ["return None"], {}, of_function=of_function)
         code = self.code
         composed = "composition_holds()" if code.composition.asked else None
-        guard = " and ".join(filter(None, [code.shape_guard, *_separate(code, arguments), composed])) or None
+        unchanged = "surroundings_hold()" if code.surroundings else None
+        guard = " and ".join(filter(None, [code.shape_guard, *_separate(code, arguments), composed, unchanged])) or None
         names = {**code.names, "apart": apart, "changed": torch.autograd.graph.increment_version}
         names["composition_holds"] = code.composition.holds
+        names["surroundings_hold"] = code.surroundings.hold
         counted = [leaf.source for leaf in arguments.tensors if not leaf.value.is_inference()]
         changed = [f"changed({source})" for source in code.written if source in counted]
         result = [f"out = {code.call}", *changed, f"return {code.result}"]
@@ -383,6 +393,7 @@ def _code(captured: Captured, run: Run, owner: InductorCode | Program | None = N
         owner=owner,
         path=None if generated is None else generated.path,
         composition=captured.composition,
+        surroundings=captured.surroundings,
     )
 
 

@@ -68,8 +68,11 @@ class NumbersAsTensors(fx.Interpreter):
             number = prims.convert_element_type(self.env[n.all_input_nodes[-1]], n.meta["val"].dtype)
             return number.expand(n.meta["val"].shape).clone(memory_format=torch.contiguous_format)
         if isinstance(n.target, OpOverload):
-            call = _Call(n.target, numbers, [*args, *kwargs.values()])
-            return call.in_place(args, kwargs) if n.target._schema.is_mutable else call(args, kwargs, n.meta["val"])
+            functional = functional_op(n.target)
+            if functional._schema.is_mutable:
+                raise CannotTakeNumber(f"{n.target} takes a number that changes")
+            call = _Call(functional, numbers, [*args, *kwargs.values()])
+            return call(args, kwargs, n.meta["val"]) if functional is n.target else call.in_place(args, kwargs)
         if n.target not in _OF_NUMBERS:
             raise CannotTakeNumber(f"it computes with a number that changes by {n.target}")
         return _OF_NUMBERS[n.target](*map(_number, args))
@@ -112,10 +115,6 @@ class _Call:
 
     def in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same for an op that changes its first argument."""
-        functional = functional_op(self.op)
-        if functional is self.op:
-            raise CannotTakeNumber(f"{self.op} takes a number that changes")
-        self.op = functional
         return args[0].copy_(self(args, kwargs, args[0]))
 
     def _of_tensors(self, args: tuple[Any, ...]) -> OpOverload:

@@ -39,6 +39,7 @@ class Parameters:
         objects: whether arguments may be objects, which are read attribute by attribute.
         written: the parameters that the implementation may write to; None if it may write to any.
         hidden: how many of them, the first ones, are variables that a function reads outside of itself.
+        positional_only: those that a call cannot give by their names.
     """
 
     names: tuple[str, ...]
@@ -51,6 +52,7 @@ class Parameters:
     objects: bool = False
     written: frozenset[str] | None = frozenset()
     hidden: int = 0
+    positional_only: frozenset[str] = frozenset()
 
     @staticmethod
     def of(overload: OpOverload, activations: Sequence[str], automatic: bool = True) -> Parameters:
@@ -87,6 +89,7 @@ class Parameters:
             objects=True,
             written=written,
             hidden=len(hidden),
+            positional_only=frozenset(p.name for p in named if p.kind is p.POSITIONAL_ONLY),
         )
 
 
@@ -218,11 +221,16 @@ def leaves_of(node: Node) -> Iterator[Leaf]:
 
 @dataclass(frozen=True)
 class Root:
-    """One argument, and how it is given: by position, by ``keyword``, or not at all, as its ``default``."""
+    """One argument, and how it is given: by position, by ``keyword``, or not at all, as its ``default``.
+
+    Attributes:
+        value: the default itself, where it is one.
+    """
 
     node: Node
     keyword: str | None = None
     default: bool = False
+    value: Any = None
 
 
 # How an object is rebuilt around other values: from the group that it is, and its items by key.
@@ -265,18 +273,14 @@ class Arguments:
         return values
 
     def rebuilt(
-        self, values: Mapping[str, Any], rebuild: Rebuild = lambda group, items: group.owner
+        self, values: Mapping[str, Any], rebuild: Rebuild = lambda group, items: group.owner, *, defaults: bool = False
     ) -> tuple[list[Any], dict[str, Any]]:
-        """``args`` and ``kwargs`` of the call with these values of the leaves. Objects are as they were unless
-        ``rebuild`` makes them anew."""
-        given = [root for root in self.roots if not root.default]
+        """``args`` and ``kwargs`` of the call with these values of the leaves, and with those that it leaves out if
+        ``defaults``. Objects are as they were unless ``rebuild`` makes them anew."""
+        given = [root for root in self.roots if defaults or not root.default]
         args = [rebuilt(root.node, values, rebuild) for root in given if root.keyword is None]
         kwargs = {root.keyword: rebuilt(root.node, values, rebuild) for root in given if root.keyword is not None}
         return args, kwargs
-
-    def default(self, root: Root) -> Any:
-        """The value of an argument that the call leaves out."""
-        return rebuilt(root.node, self.values, lambda group, items: group.owner)
 
 
 def _with_values(node: Node, values: Mapping[str, Any]) -> Node:
@@ -320,7 +324,8 @@ def flatten(
             roots.append(Root(reader.node(name, source, source, value, parameters.keywords), keyword=name))
     for name, value in parameters.defaults.items():
         if name not in kwargs and not indices[name] < min(len(args), parameters.positional):
-            roots.append(Root(reader.argument(indices[name], value), default=True))
+            keyword = None if name in parameters.positional_only else name
+            roots.append(Root(reader.argument(indices[name], value), keyword, default=True, value=value))
     return Arguments(tuple(roots))
 
 

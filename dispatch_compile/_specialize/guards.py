@@ -50,6 +50,7 @@ def guarded(
     tensors = arguments.tensors
     if tensors:
         scope["tensors_match"] = _tensor_guards(tensors).check
+    # A default that is a constant stays what it is; what is in a list or an object may change.
     defaults = {root.node.source for root in arguments.roots if root.default}
     for i, leaf in enumerate(arguments.leaves):
         if not leaf.is_tensor and leaf.source not in defaults:
@@ -123,7 +124,7 @@ def _unpacking(arguments: Arguments, scope: dict[str, Any]) -> list[str]:
         lines += [f"if {name!r} not in kwargs:", "    return MISS", f"{node.source} = kwargs[{name!r}]"]
     for root in arguments.roots:
         if root.default:
-            scope[f"default_{root.node.source}"] = arguments.default(root)
+            scope[f"default_{root.node.source}"] = root.value
             lines.append(f"{root.node.source} = default_{root.node.source}")
     reading = [line for root in arguments.roots for line in _reading(root.node, scope)]
     if any(isinstance(root.node, Group) and _reads_objects(root.node) for root in arguments.roots):
