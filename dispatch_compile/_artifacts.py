@@ -24,8 +24,8 @@ from ._origin import CannotSave, Origin, digest, now
 from ._programs import Program, program_of
 from ._saved_file import ArtifactError
 from ._specialize.arguments import Arguments
-from ._surroundings import Surroundings
 from ._specialize.guards import holds
+from ._surroundings import Surroundings
 from ._torch_private import InductorCode, TritonLaunch, guard_functions
 
 _log = logging.getLogger("dispatch_compile")
@@ -122,8 +122,8 @@ class Artifact:
         fields = {name: getattr(self, name) for name in _CODE_FIELDS}
         composition = Composition.again(self.fused, self.asked)
         surroundings = Surroundings.again(self.surroundings)
-        known = {"composition": composition, "surroundings": surroundings}
-        return Code(run=self.program.load(), owner=self.program, **known, **fields)
+        run, owner = self.program.load(), self.program
+        return Code(run=run, owner=owner, composition=composition, surroundings=surroundings, **fields)
 
 
 _CODE_FIELDS = ("call", "source", "shape_guard", "result", "symbolic_shapes", "written")

@@ -24,12 +24,13 @@ from ._ir import NATIVE, IrOp
 from ._origin import NATIVES_OF
 from ._specialize.arguments import Parameters
 from ._specialize.guards import MISS
+from ._surroundings import CACHING
 from ._torch_private import CustomOpDef, OpOverload, OpOverloadPacket, is_dynamo_compiling, profiler, uncompiled
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Values that are the program's code, not data that it reads.
-_CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type)
+_CODE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, CACHING)
 
 
 @dataclass(frozen=True)

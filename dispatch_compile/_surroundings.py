@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import builtins
 import dis
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -25,14 +26,68 @@ from ._specialize.arguments import CONSTANTS
 from ._stand_ins import StepAside
 
 _MISSING = object()
+_COPIES = ("COPY", "DUP_TOP")  # in front of K.count += 1
 
 # Their functions stay what they are, and read nothing that a caller changes between calls.
 _TRUSTED = ("torch", "sympy", "mpmath", "numpy", "dispatch_compile")
 _LIBRARIES = frozenset({*_TRUSTED, *sys.stdlib_module_names})
 
+# What ``functools.cache`` makes.
+CACHING = type(functools.cache(lambda: None))
+
 # What these give, or do, is not in a graph.
 _IMPURE_MODULES = frozenset({"os", "posix", "time", "datetime", "random", "_random", "secrets", "uuid", "_warnings"})
 _IMPURE_BUILTINS = frozenset({print, input, open, exec, eval, globals, id})
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """Where names are looked up: a function's globals, or what it closes over.
+
+    Attributes:
+        names: what is there now.
+        again: finds it again, or None; keeps nothing alive. None if what is there is taken to stay.
+        module: the module whose globals they are, if there is one.
+    """
+
+    names: dict[str, Any]
+    again: Callable[[], dict[str, Any] | None] | None
+    module: str | None = None
+
+    @staticmethod
+    def globals_of(names: dict[str, Any], fn: FunctionType) -> _Scope:
+        module = sys.modules.get(names.get("__name__") or "")
+        if module is not None and vars(module) is names:
+            return _Scope(names, _globals_again(module), module.__name__)
+        return _Scope(names, _globals_again(fn) if fn.__globals__ is names else lambda: names)
+
+    @staticmethod
+    def closure_of(fn: FunctionType, names: dict[str, Any]) -> _Scope:
+        """What a function closes over, of these names."""
+        reference = weakref.ref(fn)
+
+        def again() -> dict[str, Any] | None:
+            one = reference()
+            return None if one is None else {name: cell.cell_contents for name, cell in _cells(one)}
+
+        return _Scope(names, again)
+
+    @staticmethod
+    def fixed(name: str, value: Any) -> _Scope:
+        """A variable that a function closes over which is not at hand: only what is in it may change."""
+        if not isinstance(value, (ModuleType, type)):
+            return _Scope({name: value}, None)
+        reference = weakref.ref(value)
+        return _Scope({name: value}, lambda: {name: reference()})
+
+
+def _cells(fn: FunctionType) -> Iterator[tuple[str, CellType]]:
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        if cell != _EMPTY:
+            yield name, cell
+
+
+_EMPTY = CellType()
 
 
 @dataclass(frozen=True)
@@ -60,10 +115,7 @@ class Surroundings:
 
     def hold(self) -> bool:
         """Whether it is as it was; called with every call of the compiled code."""
-        for read in self._reads:
-            if not read.holds():
-                return False
-        return True
+        return all(read.holds() for read in self._reads)
 
     def changed(self) -> str:
         """The name of what is not as it was."""
@@ -91,7 +143,7 @@ class Surroundings:
         for name in names:
             module, _, dotted = name.partition(":")
             scope, path = vars(sys.modules[module]), tuple(dotted.split("."))
-            reads.append(_Read(module, _found_again(sys.modules[module]), path, _sameness(_value_at(scope, path))))
+            reads.append(_Read(module, _globals_again(sys.modules[module]), path, _sameness(_value_at(scope, path))))
         return Surroundings(tuple(reads))
 
 
@@ -101,15 +153,17 @@ NOTHING_READ = Surroundings()
 class Watch:
     """Around a function while it runs for a capture."""
 
-    def __init__(self, fn: FunctionType, known: set[tuple[int, str]]) -> None:
+    def __init__(self, fn: FunctionType, known: set[tuple[int, str]], closed: set[str]) -> None:
         self._fn = fn
         self._known = known  # globals that are inputs or guarded already, by the id of their dictionary
+        self._closed = closed  # and variables that the function closes over
         self._reason: StepAside | None = None
         self._seen: set[CodeType] = set()
         self._own: set[CodeType] = set()  # codes that belong to the program, not to a library
         self._nested: set[CodeType] = set()
         self._copied: dict[str, Any] | None = None  # the globals with which the function runs
-        self._before: dict[tuple[int, tuple[str, ...]], tuple[dict[str, Any], Any, Any]] = {}
+        self._caches: list[tuple[Any, int]] = []  # with how often something was put into each
+        self._before: dict[tuple[int, tuple[str, ...]], tuple[_Scope, Any, Any]] = {}
 
     def __enter__(self) -> Watch:
         self._profile = sys.getprofile()
@@ -119,6 +173,9 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         sys.setprofile(self._profile)
         changed = [path for scope, path, before in self._looked_at() if self._restored(scope, path, before)]
+        for cache, misses in self._caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()  # of fake tensors
         if self._reason is not None:
             raise self._reason
         if changed:
@@ -128,19 +185,16 @@ class Watch:
         """What was read, to be compared later."""
         reads = []
         for scope, path, (_, value) in self._looked_at():
-            if not isinstance(value, torch.Tensor) and (id(scope), path[0]) not in self._known:
-                module = sys.modules.get(scope.get("__name__") or "")
-                of_module = module is not None and vars(module) is scope
-                owner = module if of_module else self._fn if self._fn.__globals__ is scope else None
-                found = (lambda scope=scope: scope) if owner is None else _found_again(owner)
-                reads.append(_Read(module.__name__ if of_module else None, found, path, _sameness(value)))
+            known = (id(scope.names), path[0]) in self._known or isinstance(value, torch.Tensor)
+            if scope.again is not None and not known:
+                reads.append(_Read(scope.module, scope.again, path, _sameness(value)))
         return Surroundings(tuple(reads))
 
     def tensors(self) -> list[str]:
         """The tensors that were read, by name."""
         return [".".join(path) for _, path, (_, value) in self._looked_at() if isinstance(value, torch.Tensor)]
 
-    def _looked_at(self) -> Iterator[tuple[dict[str, Any], tuple[str, ...], tuple[Any, Any]]]:
+    def _looked_at(self) -> Iterator[tuple[_Scope, tuple[str, ...], tuple[Any, Any]]]:
         for (_, path), (scope, contents, value) in self._before.items():
             yield scope, path, (contents, value)
 
@@ -157,10 +211,10 @@ class Watch:
         code, scope = frame.f_code, frame.f_globals
         module = scope.get("__name__") or ""
         root = module.partition(".")[0]
-        if root in _LIBRARIES:
+        if root in _LIBRARIES or root.startswith("namedtuple_"):
             impure = root in _IMPURE_MODULES or (root == "logging" and code.co_name == "handle")
             if impure and _caller(frame) not in _TRUSTED:
-                self._refuse(f"calls {module}.{code.co_qualname if sys.version_info >= (3, 11) else code.co_name}")
+                self._refuse(f"calls {module}.{getattr(code, 'co_qualname', code.co_name)}")
             return
         if code is self._fn.__code__:
             self._copied = scope
@@ -169,6 +223,13 @@ class Watch:
         self._own.add(code)
         inside = code in self._nested
         self._nested.update(nested_code(code))
+        outer = _Scope.globals_of(scope, self._fn)
+        closed = {} if inside else {name: frame.f_locals[name] for name in code.co_freevars if name in frame.f_locals}
+        if code is self._fn.__code__:
+            own = {name: value for name, value in closed.items() if name not in self._closed}
+            closures = dict.fromkeys(own, _Scope.closure_of(self._fn, own))
+        else:
+            closures = {name: _Scope.fixed(name, value) for name, value in closed.items()}
         instructions = [each for each in dis.get_instructions(code) if each.opname != "EXTENDED_ARG"]
         for i, instruction in enumerate(instructions):
             name, opname = instruction.argval, instruction.opname
@@ -177,15 +238,20 @@ class Watch:
             if opname in ("STORE_DEREF", "DELETE_DEREF") and name in code.co_freevars and not inside:
                 self._refuse(f"sets closed-over {name}")
             if opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                self._note(scope, name, instructions[i + 1 :])
+                self._note(outer, name, instructions[i + 1 :])
+            if opname in ("LOAD_DEREF", "LOAD_CLASSDEREF") and name in closures:
+                self._note(closures[name], name, instructions[i + 1 :])
 
-    def _note(self, scope: dict[str, Any], name: str, rest: list[dis.Instruction]) -> None:
-        if name not in scope:
+    def _note(self, scope: _Scope, name: str, rest: list[dis.Instruction]) -> None:
+        if name not in scope.names:
             if getattr(builtins, name, None) is type:
                 self._refuse("asks for the type() of something, which is another one in a capture; use isinstance")
             return
-        path, value = (name,), scope[name]
+        path: tuple[str, ...] = (name,)
+        value = scope.names[name]
         for instruction in rest:
+            if instruction.opname in _COPIES:
+                continue
             if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD") or not isinstance(value, (ModuleType, type)):
                 break
             if isinstance(value, ModuleType) and _is_library(value.__name__):
@@ -193,15 +259,17 @@ class Watch:
             path, value = (*path, instruction.argval), getattr(value, instruction.argval, _MISSING)
         if isinstance(value, ModuleType) and _is_library(value.__name__):
             return
-        self._before.setdefault((id(scope), path), (scope, _contents(value), value))
+        if isinstance(value, CACHING):
+            self._caches.append((value, value.cache_info().misses))
+        self._before.setdefault((id(scope.names), path), (scope, _contents(value), value))
 
-    def _restored(self, scope: dict[str, Any], path: tuple[str, ...], before: tuple[Any, Any]) -> bool:
+    def _restored(self, scope: _Scope, path: tuple[str, ...], before: tuple[Any, Any]) -> bool:
         """Whether something was changed; it is as before then, lest fake tensors stay in it."""
         contents, value = before
-        now = _value_at(scope, path)
+        now = _value_at(scope.names, path)
         changed = now is not value or not _equal(_contents(now), contents)
         if changed and now is not value and len(path) > 1 and value is not _MISSING:
-            setattr(_value_at(scope, path[:-1]), path[-1], value)
+            setattr(_value_at(scope.names, path[:-1]), path[-1], value)
         if changed and isinstance(value, (dict, set, list)):
             value.clear()
             value.extend(contents) if isinstance(value, list) else value.update(contents)
@@ -270,7 +338,7 @@ def _sameness(value: Any) -> Callable[[Any], bool]:
     return lambda now: now is not _MISSING and reference() is now
 
 
-def _found_again(owner: ModuleType | FunctionType) -> Callable[[], dict[str, Any] | None]:
+def _globals_again(owner: ModuleType | FunctionType) -> Callable[[], dict[str, Any] | None]:
     """The globals of a module or function, which is not kept alive."""
     reference: weakref.ref[Any] = weakref.ref(owner)
 
@@ -283,7 +351,11 @@ def _found_again(owner: ModuleType | FunctionType) -> Callable[[], dict[str, Any
 
 def watch_of(impl: Impl) -> Watch | None:
     """The watch for an implementation that is a function, as ``native`` makes one; ops have to mind by themselves."""
-    outside = getattr(impl, "outside", None)
-    if outside is None:
+    outside, fn = getattr(impl, "outside", None), getattr(impl, "impl_fn", None)
+    if outside is None or fn is None:
         return None
-    return Watch(impl.impl_fn, {(id(one.scope), one.variable) for one in outside if one.cell is None})
+    return Watch(
+        fn,
+        {(id(one.scope), one.variable) for one in outside if one.cell is None},
+        {one.variable for one in outside if one.cell is not None},
+    )
