@@ -25,6 +25,7 @@ from ._programs import Program, program_of
 from ._saved_file import ArtifactError
 from ._specialize.arguments import Arguments
 from ._specialize.guards import holds
+from ._specialize.key import Kind
 from ._surroundings import Surroundings
 from ._torch_private import InductorCode, TritonLaunch, guard_functions
 
@@ -140,6 +141,8 @@ def key_text(key: Hashable) -> str:
 
 
 def _check_plain(item: Hashable) -> None:
+    if isinstance(item, Kind):
+        item = item()
     if type(item) is tuple:
         for part in item:
             _check_plain(part)

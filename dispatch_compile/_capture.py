@@ -200,7 +200,9 @@ def _traced(
         if after[:2] != before[:2] or after[2][: len(before[2])] != before[2]:
             raise StepAside("the implementation changes a list or dictionary that it is given")
         inputs_by_source = {leaf.source: t for leaf, t in zip(arguments.tensors, tensors, strict=True)}
-        found.append(result_of(returned, inputs_by_source, token_counts))
+        symbols_by_source = zip((leaf.source for leaf in arguments.dynamic_numbers), symbols, strict=True)
+        numbers_by_source = {**token_counts, **dict(symbols_by_source)}
+        found.append(result_of(returned, inputs_by_source, numbers_by_source))
         _check_inputs(tensors, looks, arguments)
         _check_outputs(found[-1].outputs, tensors, arguments)
         return found[-1].outputs

@@ -347,12 +347,15 @@ class DispatchCompileMode(TorchDispatchMode):
 
     def route_of(self, native: Native) -> Route | None:
         """How the mode reads the calls of a function; None if it does not select it. Made at the first call."""
-        if native.number not in self.routes:
+        routes = self.routes  # another thread may replace them
+        if native.number not in routes:
             with self._sync_lock:
-                selected = self._selects(native, None)
-                made = Route(native, native.callee, self.config, self.cache, self._orders) if selected else None
-                self.routes[native.number] = made
-        return self.routes[native.number]
+                routes = self.routes
+                if native.number not in routes:
+                    selected = self._selects(native, None)
+                    made = Route(native, native.callee, self.config, self.cache, self._orders) if selected else None
+                    routes[native.number] = made
+        return routes[native.number]
 
     def _route(self, op: Op, overload: OpOverload) -> Route:
         known = self.routes.get(overload.name())

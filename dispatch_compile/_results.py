@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,19 +28,19 @@ class Result:
     names: dict[str, Any] = field(default_factory=dict)
 
 
-def result_of(returned: Any, inputs: Mapping[str, torch.Tensor], sizes: Mapping[str, torch.SymInt]) -> Result:
+def result_of(returned: Any, inputs: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> Result:
     """Take a result apart.
 
     Args:
         returned: what the implementation returned.
         inputs: its tensor arguments by source. One that is returned is given back itself.
-        sizes: the dynamic sizes by the expression that reads each.
+        numbers: the symbols of dynamic sizes and numbers, by the expression that reads each.
 
     Raises:
         StepAside: there is something in it that code cannot make.
     """
     result = Result()
-    result.expression = _Expression(result, inputs, sizes).of(returned)
+    result.expression = _Expression(result, inputs, numbers).of(returned)
     return result
 
 
@@ -47,19 +48,26 @@ def result_of(returned: Any, inputs: Mapping[str, torch.Tensor], sizes: Mapping[
 class _Expression:
     result: Result
     inputs: Mapping[str, torch.Tensor]
-    sizes: Mapping[str, torch.SymInt]
+    numbers: Mapping[str, Any]
 
     def of(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if value is None or type(value) in (bool, int, str):
             return repr(value)
-        if isinstance(value, torch.SymInt):
-            for read, size in self.sizes.items():
-                if size.node.expr == value.node.expr:
+        if type(value) is float:
+            return repr(value) if math.isfinite(value) else f"float({str(value)!r})"
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
+            for read, number in self.numbers.items():
+                if number is value or number.node.expr == value.node.expr:
                     return read
-            raise StepAside("the implementation returns a number that depends on a size")
+            raise StepAside("the implementation returns a number that depends on a size or on a number")
         kind = type(value)
+        if kind is torch.Size:
+            self.result.names["Size"] = torch.Size
+            return f"Size(({''.join(f'{self.of(item)}, ' for item in value)}))"
+        if kind.__module__ == "torch.return_types":
+            return f"{self._named(kind)}(({''.join(f'{self.of(item)}, ' for item in value)}))"
         if kind in (list, tuple):
             items = ", ".join(map(self.of, value))
             return f"[{items}]" if kind is list else f"({items}{',' if len(value) == 1 else ''})"

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import gc
+import threading
 import weakref
 from typing import Any, NamedTuple
 
@@ -963,3 +964,87 @@ def test_trace(mode):
         f"{__name__}.gated(t: f32[4, 8], t: f32[4, 8], limit=0.5)  ->  t: f32[4, 8]  "
         "# compiled native, new: [4, 8], [4, 8]"
     )
+
+
+class TestReturned:
+    """Results beside tensors in lists, tuples, dictionaries and classes."""
+
+    def test_named_results_of_torch_sizes_and_numbers(self, mode):
+        @dc.native
+        def several(q, k, scale):
+            return q.topk(k, -1), torch.sort(q), q.shape, k, scale, float("inf"), -0.0
+
+        for count, k, scale in [(3, 1, 0.5), (4, 2, 1.5), (5, 3, 2.5), (6, 4, 3.5)]:
+            check(mode, several, torch.randn(count, 8), k, scale)
+
+
+def test_an_attribute_that_comes_and_goes(mode):
+    class Layer(nn.Module):
+        @dc.native
+        def forward(self, h):
+            return h * self.late if hasattr(self, "late") else h + 1
+
+    layer, h = Layer(), torch.randn(4)
+    check(mode, layer.forward, h)
+    layer.late = 3.0
+    check(mode, layer.forward, h)
+    del layer.late
+    layer.register_buffer("late", torch.ones(4))
+    check(mode, layer.forward, h)
+    layer.late = torch.zeros(4)
+    check(mode, layer.forward, h)
+    del layer.late
+    check(mode, layer.forward, h)
+
+
+def test_a_class_is_freed_with_its_method(mode):
+    def make():
+        class Layer:
+            weight = 2.0
+
+            @dc.native
+            def forward(self, q):
+                return q * self.weight
+
+        check(mode, Layer().forward, torch.randn(3))
+        return weakref.ref(Layer)
+
+    reference = make()
+    mode.trace.clear()
+    gc.collect()
+    assert reference() is None
+    assert len(mode.cache) == 0
+
+
+def test_first_calls_on_several_threads_at_once():
+    natives = [dc.native(lambda q, by=by: q + by) for by in range(8)]
+    mode = dc.DispatchCompileMode(config=EAGER)
+    barrier, failed = threading.Barrier(8), []
+
+    def call():
+        with torch.inference_mode(), mode:
+            barrier.wait()
+            for by, one in enumerate(natives):
+                if not torch.equal(one(torch.zeros(3)), torch.full((3,), float(by))):
+                    failed.append(by)
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert mode.cache.stats().hits == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_round_as_in_eager(inductor, dtype):
+    @dc.native
+    def computed(q, by):
+        return q + by, q - by, by - q, q.clone().add_(by), q.clone().mul_(by), q.clone().sub_(by)
+
+    for by in (0.2, 0.3, 0.7, -1.7):
+        q = (torch.arange(-64, 64) / 16).to(dtype)
+        for actual, expected in zip(check(inductor, computed, q, by), computed(q, by), strict=True):
+            assert_same(actual, expected)
+    assert inductor.cache.stats().compiles == 3

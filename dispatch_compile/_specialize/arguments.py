@@ -357,7 +357,10 @@ class _Reader:
             if is_readable(value):
                 steps = sorted(step for of, step in self.learned.reads if of == name)
                 attributes: list[tuple[Any, str, str, Any]] = []
+                held = {step.name for step in steps if step.holder and step.read(value) is not ABSENT}
                 for step in steps:
+                    if step.name in held and not step.holder:  # it would lead to the same
+                        continue
                     item = step.read(value)
                     code = step.code_where_absent if item is ABSENT else step.code
                     attributes.append((step, f"{name}.{step.name}", code(source), item))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -142,8 +143,8 @@ def _reading(node: Node, scope: dict[str, Any]) -> Iterator[str]:
     if isinstance(node, Leaf):
         return
     source, kinds = node.source, f"kinds_{node.source}"
-    scope[kinds] = node.kinds
-    wrong = f"type({source}) not in {kinds}"
+    scope[kinds] = node.kinds if node.owner is None else weakref.ref(node.kinds[0])  # a class may hold the function
+    wrong = f"type({source}) not in {kinds}" if node.owner is None else f"type({source}) is not {kinds}()"
     if node.owner is None:
         wrong += f" or len({source}) != {len(node.items)}"
         if issubclass(node.kinds[0], dict):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable
 
 import torch
 
 from .._torch_private import global_state
 from .arguments import Arguments, Group, Leaf, Node, sizes, strides
+
+
+class Kind(weakref.ref[type]):
+    """The class of an object. It is not kept alive, since the function that the key is of may be its method."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(self())
 
 
 def key_of(arguments: Arguments) -> Hashable:
@@ -26,6 +36,8 @@ def _node_key(node: Node) -> Hashable:
 
 
 def _kind(group: Group) -> Hashable:
+    if group.owner is not None:
+        return Kind(group.kinds[0])
     return "several" if list in group.kinds else group.kinds
 
 
