@@ -260,5 +260,5 @@ def _artifact(item: dict[str, Any]) -> Artifact:
     program = item["program"]
     triton = {name: TritonLaunch(**launch) for name, launch in program["triton"].items()}
     made = Program(**{**program, "triton": triton, "realigned": tuple(program["realigned"])})
-    tuples = {name: tuple(item[name]) for name in ("written", "asked")}
+    tuples = {name: tuple(item[name]) for name in ("written", "asked", "surroundings")}
     return Artifact(**{**item, **tuples, "origin": Origin(**item["origin"]), "program": made})

@@ -201,7 +201,7 @@ class Watch:
     def _event(self, frame: FrameType, event: str, arg: Any) -> None:
         code = frame.f_code
         if event == "call":
-            if code not in self._seen:
+            if code not in self._seen and not _in_attribute_of_module(frame):
                 self._seen.add(code)
                 self._look(frame)
         elif event == "c_call" and code in self._own and _is_impure(arg):
@@ -267,7 +267,7 @@ class Watch:
         """Whether something was changed; it is as before then, lest fake tensors stay in it."""
         contents, value = before
         now = _value_at(scope.names, path)
-        changed = now is not value or not _equal(_contents(now), contents)
+        changed = not _equal(now, value) or not _equal(_contents(now), contents)
         if changed and now is not value and len(path) > 1 and value is not _MISSING:
             setattr(_value_at(scope.names, path[:-1]), path[-1], value)
         if changed and isinstance(value, (dict, set, list)):
@@ -283,6 +283,15 @@ class Watch:
 
 def _is_library(module: str) -> bool:
     return module.partition(".")[0] in _LIBRARIES
+
+
+def _in_attribute_of_module(frame: FrameType | None) -> bool:
+    """Whether a module computes an attribute: that is compared as a whole, by asking for it again."""
+    while frame is not None:
+        if frame.f_code.co_name == "__getattr__" and frame.f_code.co_argcount == 1:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _caller(frame: FrameType) -> str:

@@ -145,6 +145,17 @@ class TestWhatIsRead:
             reason = check(mode, native, torch.ones(4))
             assert "it reads the tensor helpers.TENSOR, which is no input of the code" in (reason or "")
 
+    def test_an_attribute_that_a_module_computes(self, mode, helpers, monkeypatch):
+        exec("import os\ndef __getattr__(name): return float(os.environ[name])", vars(helpers))
+
+        @dc.native
+        def native(q):
+            return q * helpers.TEST_SURROUNDINGS
+
+        for value in ("1.0", "2.0"):
+            monkeypatch.setenv("TEST_SURROUNDINGS", value)
+            assert check(mode, native, torch.ones(4)) is None
+
     def test_defaults(self, mode):
         @dc.native
         def native(q, factor=torch.ones(4), more=[1.0]):  # noqa: B006, B008
