@@ -206,6 +206,27 @@ def test_integers(define_ir_op):
     assert all(torch.equal(one, other) for one, other in zip(actual, op(x, y), strict=True))
 
 
+def test_zeros_that_are_added(define_ir_op):
+    """-0.0 plus 0.0 is 0.0: the addition is not to be left out."""
+
+    def added(x: Tensor) -> list[Tensor]:
+        made = torch.zeros_like(x)
+        sums = [
+            x + made,
+            made + x,
+            x + torch.zeros(1),
+            x * 1 + torch.full((24,), 0.0),
+            x - -made,
+            x + torch.tensor(0.0),
+        ]
+        return [*sums, x + made * 2, (x * 1).add_(x.new_zeros(())), x + 0.0, x + 0, x - made]
+
+    op = define_ir_op(added)
+    x = torch.tensor([0.0, -0.0, 1.0] * 8)
+    assert [result.signbit().any().item() for result in compiled(op, x)[0]] == [False] * 10 + [True]
+    assert [result.signbit().any().item() for result in op(x)] == [False] * 10 + [True]
+
+
 # ---- Only bodies with such ops pay
 
 
