@@ -234,7 +234,9 @@ def _traced(
 
 def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What of a tensor is not its values. Code does not change it, so that an implementation must not."""
-    return (tensor.dtype, tensor.shape, tensor.stride(), _storage(tensor), dict(vars(tensor)))
+    # torch keeps the sizes of a fake tensor, as C++ code asked for them, in two attributes of it.
+    attributes = {name: value for name, value in vars(tensor).items() if not name.startswith("_sizes_capsule")}
+    return (tensor.dtype, tensor.shape, tensor.stride(), _storage(tensor), attributes)
 
 
 def _why(error: Exception, watch: Watch | None) -> str:
