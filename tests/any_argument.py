@@ -340,7 +340,10 @@ layouts = st.sampled_from(["contiguous"] * 8 + list(LAYOUTS))
 fills = st.sampled_from(["small numbers", "small numbers", *FILLS])
 offsets = st.sampled_from([0, 0, 0, 1, 3])
 aliases = st.sampled_from([None] * 6 + ["same", "view", "overlapping view"])
-states = st.frozensets(st.sampled_from(list(STATES)), max_size=2)
+# Where both watch a call that returns its argument, torch raises an internal error, with or without a mode of ours, and
+# leaves dispatch keys of the thread excluded: calls after it crash.
+_CRASHES_TORCH = {"forward AD", "another dispatch mode"}
+states = st.frozensets(st.sampled_from(list(STATES)), max_size=2).filter(lambda names: not names >= _CRASHES_TORCH)
 usual_states = st.one_of(*[st.just(frozenset())] * 3, states)
 
 

@@ -100,7 +100,7 @@ def test_zero_and_more_tokens(dtype: str, capsys: pytest.CaptureFixture[str]) ->
         ["fused_moe", "0"], ["fused_moe", "3"], ["mla_decode", "0"], ["mla_decode", "3"],
     ]  # fmt: skip
     assert "compiling (first calls): fused_moe, 3 tokens" in err
-    assert "compiled dispatch_compile.silu_and_mul.default (native) for [s0, 1536]" in err
+    assert "compiled dispatch_compile::silu_and_mul (native) for [s0, 1536]" in err
 
 
 def test_compiled_code_that_computes_something_else(

@@ -254,7 +254,7 @@ def test_a_lowering_that_raises(define_ir_op, monkeypatch):
         raise AssertionError("no such lowering")
 
     attempts = 0
-    monkeypatch.setitem(lowerings, torch.ops.aten.erf.default, broken)
+    monkeypatch.setitem(lowerings, torch.ops.aten.mul.Tensor, broken)
     op, x = define_ir_op(cubed), torch.randn(4, 3)
     expected = op(x)
     for on_failure in ("raise", "native"):
