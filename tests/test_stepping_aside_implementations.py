@@ -196,7 +196,7 @@ def _answering(value: Any) -> Callable[..., Any]:
     return answer
 
 
-@pytest.mark.parametrize("value", [4, True])
+@pytest.mark.parametrize("value", [4, True, 0.5])
 def test_returns_no_tensor(value, mode, define_ir_op):
     op = define_ir_op(_answering(value))
     with mode:
@@ -204,14 +204,6 @@ def test_returns_no_tensor(value, mode, define_ir_op):
             result = op(torch.randn(4, 3))
             assert (type(result), result) == (type(value), value)
     assert mode.cache.stats().hits == 2
-
-
-def test_returns_a_float(mode, define_ir_op):
-    op = define_ir_op(_answering(0.5))
-    with mode:
-        for _ in range(2):
-            assert op(torch.randn(4, 3)) == 0.5
-    assert reasons(mode) == {"the implementation returns a float"}
 
 
 def test_returns_a_tensor_and_a_number(mode, define_ir_op):
@@ -233,7 +225,7 @@ def test_returns_a_number_that_is_computed(mode, define_ir_op):
     with mode:
         for tokens in (4, 5, 4):
             assert op(torch.ones(tokens, 3))[1] == 3 * tokens
-    assert reasons(mode) == {"the implementation returns a number that depends on a size"}
+    assert reasons(mode) == {"the implementation returns a number that depends on a size or on a number"}
 
 
 def test_returns_nothing(mode, define_ir_op):
