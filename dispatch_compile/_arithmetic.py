@@ -79,6 +79,14 @@ def _of_integers(node: Node) -> bool:
     return not any(value.is_floating_point() for value in _bitwise.tensors(node))
 
 
+def _of_bytes(node: Node) -> bool:
+    return any(value.dtype is torch.uint8 for value in _bitwise.tensors(node))
+
+
+def _takes_root(node: Node) -> bool:
+    return node.args[1] == 0.5 and _in_16_bits(node)
+
+
 def _by_integer_zero(node: Node) -> bool:
     return _of_floats(node) and any(isinstance(arg, int) and arg == 0 for arg in node.args)
 
@@ -114,6 +122,12 @@ def _to_int8(node: Node) -> bool:
 
 def _to_small_integer(node: Node) -> bool:
     return node.kwargs.get("dtype") in eager.CONVERTED_THROUGH and _of_floats(node)
+
+
+def _between_float8_and_others(node: Node) -> bool:
+    """Whether a conversion is from float8 or to it, and not to float32 or 16 bits or from them."""
+    between = {_bitwise.tensors(node)[0].dtype, node.kwargs.get("dtype") or torch.float32}
+    return not between.isdisjoint(eager.FLOAT8) and not between & {torch.float32, *eager.SIXTEEN_BITS}
 
 
 def _to_float8_without_limits(node: Node) -> bool:
@@ -187,6 +201,7 @@ _ZEROS = "takes either zero for the larger"
 
 _TWO_ZEROS = "takes either zero for the smaller"
 _NAN = "finds another place for NaN"
+_PLACE = "finds the first place"
 
 CPU, CUDA = "cpu", "cuda"
 _EXACT_QUOTIENT = {"eager_numerics.division_rounding": True}
@@ -228,7 +243,11 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     aten.maximum: (Rule(_TWO_ZEROS, eager.maximum, CUDA, _of_floats),),
     aten.minimum: (Rule(_TWO_ZEROS, eager.minimum, CUDA, _of_floats),),
     aten.max: (Rule(_TWO_ZEROS, eager.maximum, CUDA, _with_tensor),),
-    aten.min: (Rule(_TWO_ZEROS, eager.minimum, CUDA, _with_tensor),),
+    aten.min: (
+        Rule(_TWO_ZEROS, eager.minimum, CUDA, _with_tensor),
+        Rule(_PLACE, device=CPU, when=_of_bytes),
+    ),
+    aten.argmin: (Rule(_PLACE, device=CPU, when=_of_bytes),),
     aten.relu: (Rule(_TWO_ZEROS, eager.relu, CUDA, _of_floats),),
     aten.hardtanh: (
         Rule("gives floating-point numbers for integers", when=_of_integers),
@@ -248,6 +267,7 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     **dict.fromkeys([aten.fmax, aten.fmin], (Rule(_ZEROS),)),
     aten._to_copy: (
         Rule(_SATURATES, eager.to_copy, CPU, _to_int8),
+        Rule("cannot convert these", device=CUDA, when=_between_float8_and_others),
         Rule(_SATURATES, eager.to_copy, CUDA, _to_small_integer),
         Rule(_SATURATES, eager.to_copy, CUDA, _to_float8_without_limits),
     ),
@@ -255,7 +275,7 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     aten.glu: (Rule(_DIGITS, eager.glu, CUDA, _in_32_bits),),
     aten.signbit: (Rule("does not see the sign of -0.0", device=CUDA, when=_in_64_bits),),
     aten.frexp: (Rule("other exponents for what is subnormal or not finite", device=CUDA),),
-    aten.i0: (Rule(_DIGITS, device=CUDA),),
+    **dict.fromkeys([aten.i0, aten.special_modified_bessel_i0, aten.special_erfcx], (Rule(_DIGITS, device=CUDA),)),
     **dict.fromkeys([aten.bucketize, aten.searchsorted], (Rule(_NAN, device=CUDA, when=_of_floats),)),
     aten.sort: (Rule(_NAN, device=CUDA, when=_of_floats),),
     aten.neg: (Rule("subtracts from zero", eager.neg, CUDA, _of_floats),),
@@ -265,12 +285,17 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     aten.frac: (Rule("gives the wrong zero", before="2.13"),),
     aten.gelu: (Rule("eager calls oneDNN, which gives NaN for infinity", device=CPU, when=_is_contiguous),),
     aten.pow: (
+        Rule("takes the square root, of -inf, too", device=CPU, when=_takes_root),
         Rule("raises the reciprocal to the power, or the other way round", when=_inverts),
         Rule(_NUMBER, when=_number_is_rounded_first),
     ),
     aten.softshrink: (Rule("gives 0 for NaN"),),
     aten.round: (Rule("multiplies by a power of ten, where eager divides", when=lambda n: "decimals" in n.kwargs),),
-    aten.logit: (Rule(_STEPS, device=CPU, when=_in_16_bits),),
+    aten.logit: (
+        Rule(_STEPS, device=CPU, when=_in_16_bits),
+        Rule(_DIGITS, device=CUDA, when=_in_32_bits),
+    ),
+    aten.addcdiv: (Rule(_FUSED, device=CUDA),),
     aten.nextafter: (Rule("gives a number of 32 bits", when=_in_16_bits),),
     **dict.fromkeys([aten.var_mean, aten.std_mean], (Rule(_MEAN),)),
     aten.native_layer_norm: (Rule(_MEAN, when=_of_statistics),),

@@ -12,10 +12,13 @@ from torch import Tensor
 from dispatch_compile import CompileConfig, CompileError, DispatchCompileMode, register_op
 
 from .progress import Progress
-from .sweep_cases import Variant, left_out, name_of, swept_ops, variants
+from .sweep_cases import ORDER, Variant, left_out, name_of, swept_ops, variants
 from .sweep_results import BITWISE, DEFAULT, Difference, Row, Sweep, difference, failure
 
-CONFIGS = {DEFAULT: CompileConfig(), BITWISE: CompileConfig(bitwise=True)}
+CONFIGS = {
+    DEFAULT: CompileConfig(on_failure="raise"),
+    BITWISE: CompileConfig(bitwise=True, on_failure="raise"),
+}
 # Ops in one graph. Each has tensors of its own, so Inductor fuses none with another: every op has a loop of its own,
 # but they share what a compilation costs.
 BATCH = 24
@@ -38,9 +41,9 @@ def run(device: str, names: Sequence[str] | None, dtypes: Sequence[str], every: 
     try:
         with torch.inference_mode():
             calls = [call for call in variants(names, dtypes, every) if _runs(call, device)]
-            progress.expect(len(calls) * len(CONFIGS))
-            for config, number in itertools.product(CONFIGS, range(0, len(calls), BATCH)):
-                batch = calls[number : number + BATCH]
+            batches = [(config, batch) for config in CONFIGS for batch in _batches(calls, config, device)]
+            progress.expect(sum(len(batch) for _, batch in batches))
+            for config, batch in batches:
                 progress.show(f"{config}: {batch[0].op._schema.name}, {batch[0].dtype}")
                 rows += _compared(batch, config, device)
                 for _ in batch:
@@ -54,6 +57,13 @@ def run(device: str, names: Sequence[str] | None, dtypes: Sequence[str], every: 
 def op_names() -> set[str]:
     """What ``names`` may be."""
     return set(map(name_of, swept_ops()))
+
+
+def _batches(calls: Sequence[Variant], config: str, device: str) -> list[Sequence[Variant]]:
+    comparable = [
+        call for call in calls if device == "cpu" or not call.varies or (config, call.kind) == (DEFAULT, ORDER)
+    ]
+    return [comparable[number : number + BATCH] for number in range(0, len(comparable), BATCH)]
 
 
 def _runs(call: Variant, device: str) -> bool:

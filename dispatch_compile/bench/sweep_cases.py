@@ -28,6 +28,8 @@ class Variant:
         text: the other arguments, for people.
         tensors: the tensors among the arguments, to be put in the places of :class:`Hole`.
         kind: what may differ: of ``ORDER``, the last places of what is summed.
+        varies: whether eager itself gives other results from call to call on a GPU.
+        cancels: of what numbers the results are a small difference, given the first tensor; None if of none.
     """
 
     op: OpOverload
@@ -36,6 +38,8 @@ class Variant:
     args: tuple[Any, ...]
     tensors: tuple[Tensor, ...]
     kind: str
+    varies: bool = False
+    cancels: Callable[[Tensor], Tensor] | None = None
 
     def call(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The op's results, with these tensors in the places of its own."""
@@ -115,7 +119,7 @@ def _variants(op: OpOverload, dtype: str) -> Iterator[Variant]:
     for text, args, kwargs in made:
         tensors: list[Tensor] = []
         holed = tuple(_holed(arg, tensors) for arg in args)
-        yield Variant(op, dtype, text, (holed, kwargs), tuple(tensors), kind)
+        yield Variant(op, dtype, text, (holed, kwargs), tuple(tensors), kind, name in VARYING, CANCELLING.get(name))
 
 
 def _holed(arg: Any, tensors: list[Tensor]) -> Any:
@@ -486,3 +490,7 @@ SUMS = frozenset(
     "binary_cross_entropy binary_cross_entropy_with_logits mse_loss huber_loss smooth_l1_loss soft_margin_loss "
     "nll_loss_forward dist _euclidean_dist renorm scatter_add scatter_reduce index_add index_put col2im".split()
 )
+# As torch.use_deterministic_algorithms says: the order of atomic additions, and which of equal numbers is found.
+VARYING = frozenset(["index_add", "index_put", "scatter_add", "scatter_reduce", "median"])
+# 1 + erf(x) and 1 + tanh(x) are small differences where they are close to 0.
+CANCELLING = {"gelu": Tensor.abs, "special_ndtr": torch.ones_like}

@@ -143,7 +143,8 @@ def difference(
         elements += one.numel()
         different += int(apart.count_nonzero())
         ulps = max(ulps, int((apart * (one.double().isfinite() & other.double().isfinite())).max()))
-        faults += Counter(dict(faults_of(one, other, sums=call.kind == ORDER)))
+        cancelled = None if call.cancels is None else call.cancels(inputs[0].cpu())
+        faults += Counter(dict(faults_of(one, other, call.kind == ORDER, cancelled)))
         if int(apart.max()) > worst:
             worst, at = int(apart.max()), int(apart.argmax())
             given = [tensor.cpu().flatten()[at].item() for tensor in inputs if tensor.shape == one.shape]
@@ -152,12 +153,15 @@ def difference(
     return Difference(elements, different, ulps, dict(faults), example)
 
 
-def faults_of(actual: Tensor, expected: Tensor, sums: bool = False) -> Iterator[tuple[str, int]]:
+def faults_of(
+    actual: Tensor, expected: Tensor, sums: bool = False, cancelled: Tensor | None = None
+) -> Iterator[tuple[str, int]]:
     """How many elements differ by more than rounding, by the way in which they do: in NaN, infinity, the sign of
     zero, as integers, or in units in the last place.
 
     Args:
         sums: whether they are sums, which depend on their order.
+        cancelled: the numbers of which they are small differences, computed in float32 at least: units of theirs count.
     """
     apart = Distance.apart(actual, expected)
     masks: dict[str, Tensor]
@@ -173,6 +177,9 @@ def faults_of(actual: Tensor, expected: Tensor, sums: bool = False) -> Iterator[
             largest = float(other.nan_to_num(0, 0, 0).abs().max()) if other.numel() else 0.0
             del masks["sign of zero"]
             masks["ULPs"] &= (one - other).abs() > ULPS_OF_SUMS * torch.finfo(actual.dtype).eps * largest
+        if cancelled is not None:
+            eps = min(torch.finfo(actual.dtype).eps, torch.finfo(torch.float32).eps)
+            masks["ULPs"] &= (one - other).abs() > ULPS * eps * cancelled.double()
     return ((way, int(mask.sum())) for way, mask in masks.items() if bool(mask.any()))
 
 
