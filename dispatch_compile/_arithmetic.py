@@ -116,6 +116,14 @@ def _by_scalar_overload(node: Node) -> bool:
     return functional_op(node.target)._overloadname == "Scalar" and _number_is_rounded(node)
 
 
+def _number_second_is_rounded(node: Node) -> bool:
+    return not isinstance(node.args[1], Node) and _number_is_rounded(node)
+
+
+def _is_filled_with_rounded(node: Node) -> bool:
+    return not _bitwise.holds(node.meta["val"].dtype, node.args[1])
+
+
 def _to_int8(node: Node) -> bool:
     return node.kwargs.get("dtype") is torch.int8 and _of_floats(node)
 
@@ -194,6 +202,7 @@ _NEAR_ZERO = "vector code loses small arguments beside 1"
 _DIGITS = "code with fewer digits"
 _FUSED = "does not fuse the multiplication and the addition, as eager does: that shows where they cancel"
 _NUMBER = "does not round the number to 16 bits, as eager does"
+_NUMBER_IN_32_BITS = "may round the number to 16 bits, as eager does not"
 _MEAN = "gives the mean of what has an infinity in it, which is NaN in eager"
 _SQUARES = "squares large arguments, beyond infinity"
 _SATURATES = "saturates what 8 bits do not hold"
@@ -217,13 +226,19 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
         Rule(_STEPS, when=lambda node: bool(node.kwargs) and _in_16_bits(node)),
         Rule(_QUOTIENT, eager.divide, CPU, when=_floors),
         Rule(_QUOTIENT, eager.divide, CUDA, when=_rounds_quotient, options=_EXACT_QUOTIENT),
+        Rule(_NUMBER_IN_32_BITS, eager.div_in_32_bits, when=_number_second_is_rounded),
     ),
     aten.remainder: (
         Rule("calls another fmod", device=CPU, when=_number_first),
         Rule(_NUMBER, when=_beside_0_dims),
         Rule(_QUOTIENT, eager.remainder, when=_of_floats),
     ),
-    aten.mul: (Rule("takes the product with the integer 0 for zeros", eager.mul, when=_by_integer_zero),),
+    aten.mul: (
+        Rule("takes the product with the integer 0 for zeros", eager.mul, when=_by_integer_zero),
+        Rule(_NUMBER_IN_32_BITS, eager.mul_in_32_bits, when=_number_second_is_rounded),
+    ),
+    aten.full: (Rule(_NUMBER, eager.full, when=_is_filled_with_rounded),),
+    aten.full_like: (Rule(_NUMBER, eager.full_like, when=_is_filled_with_rounded),),
     aten.fmod: (
         Rule(_NUMBER, when=_beside_0_dims),
         Rule(_NUMBER, eager.rounding_its_number(aten.fmod.Scalar), when=_number_is_rounded),
@@ -288,6 +303,7 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
         Rule("takes the square root, of -inf, too", device=CPU, when=_takes_root),
         Rule("raises the reciprocal to the power, or the other way round", when=_inverts),
         Rule(_NUMBER, when=_number_is_rounded_first),
+        Rule(_NUMBER, eager.rounding_its_number(aten.pow.Tensor_Scalar), CPU, _number_second_is_rounded),
     ),
     aten.softshrink: (Rule("gives 0 for NaN"),),
     aten.round: (Rule("multiplies by a power of ten, where eager divides", when=lambda n: "decimals" in n.kwargs),),
@@ -303,13 +319,13 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     aten.add: (
         Rule(_FUSED, when=_scaled),
         Rule(_NUMBER, eager.rounding_its_number(aten.add.Scalar), CPU, _by_scalar_overload),
-        Rule(_NUMBER, eager.rounding_its_number(aten.add.Tensor), CPU, _number_is_rounded),
+        Rule(_NUMBER, eager.rounding_its_number(aten.add.Tensor), CPU, _number_second_is_rounded),
     ),
     **{
         packet: (
             Rule(_FUSED, when=_scaled),
             Rule(_NUMBER, eager.rounding_its_number(packet.Scalar), CPU, _by_scalar_overload),
-            Rule(_NUMBER, eager.rounding_its_number(packet.Tensor), CPU, _number_is_rounded),
+            Rule(_NUMBER, eager.rounding_its_number(packet.Tensor), CPU, _number_second_is_rounded),
         )
         for packet in (aten.sub, aten.rsub)
     },

@@ -87,6 +87,33 @@ def mul(x: Tensor | Number, y: Tensor | Number) -> Any:
     return x * 0.0 if _is_integer_zero(y) else y * 0.0
 
 
+def mul_in_32_bits(x: Tensor, number: Tensor | Number) -> Any:
+    """By a number that is not rounded to 16 bits."""
+    if isinstance(number, Tensor) or x.dtype not in SIXTEEN_BITS:
+        return NotImplemented
+    return (x.float() * number).to(x.dtype)
+
+
+def div_in_32_bits(x: Tensor, number: Tensor | Number) -> Any:
+    if isinstance(number, Tensor) or x.dtype not in SIXTEEN_BITS:
+        return NotImplemented
+    return (x.float() / number).to(x.dtype)
+
+
+def full(size: Sequence[int], number: Number, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    """With the number as it is in the result."""
+    if dtype not in SIXTEEN_BITS or (rounded := _rounded_number(number, dtype)) == number:
+        return NotImplemented
+    return torch.full(size, rounded, dtype=dtype, **kwargs)
+
+
+def full_like(x: Tensor, number: Number, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    dtype = dtype or x.dtype
+    if dtype not in SIXTEEN_BITS or (rounded := _rounded_number(number, dtype)) == number:
+        return NotImplemented
+    return torch.full_like(x, rounded, dtype=dtype, **kwargs)
+
+
 def _is_integer_zero(operand: Tensor | Number) -> bool:
     return isinstance(operand, int) and operand == 0
 

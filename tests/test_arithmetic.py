@@ -84,6 +84,40 @@ def numbers_beside(x: Tensor, y: Tensor) -> Tensor:
     return torch.where((x * 1.1 > 0.3) & (x - 0.1 < y), 0.1 + x / 3, torch.where(y > 0, 1.7, x))
 
 
+NUMBERS_BESIDE: dict[str, Callable[[Tensor], Tensor]] = {
+    "x + 0.1": lambda x: x + 0.1,
+    "x - 0.1": lambda x: (x - 0.1) - x,
+    "0.1 - x": lambda x: 0.1 - x,
+    "x * 0.7": lambda x: x * 0.7071067811865476 + 1,
+    "x / 3.3": lambda x: x / 3.3 + 1,
+    "1.7 / x": lambda x: 1.7 / x,
+    "x ** 1.7": lambda x: x**1.7 - 1,
+    "full": lambda x: x * torch.full_like(x, 0.1) + x * x.new_full((), 0.1) + torch.full(x.shape, 1.1, dtype=x.dtype),
+    "choice": lambda x: torch.where(x > 0.1, 0.1, x) * 3 + x.masked_fill(x > 0, 0.1),
+    "equal": lambda x: (x == 0.1) | (x >= 1.7),
+}
+
+
+@pytest.mark.skipif(not ROUNDS_IN_CPP, reason="torch 2.11 and 2.12 do not round between two ops")
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_numbers_are_rounded_where_eager_rounds_them(dtype, rounds, define_ir_op):
+    """For all numbers of 16 bits, whether or not Inductor rounds what comes in between."""
+
+    def numbers(x: Tensor) -> list[Tensor]:
+        return [f(x) for f in NUMBERS_BESIDE.values()] if rounds else [x + 0.1, x - 0.1, x * 0.1, x / 3.3, x**1.7]
+
+    op = define_ir_op(numbers)
+    options = {"emulate_precision_casts": rounds}
+    mode = dc.DispatchCompileMode(config=dc.CompileConfig(options=options, on_failure="raise"))
+    x = sweep_values.ones(dtype)
+    with mode:
+        actual = op(x)
+    assert mode.cache.stats().hits == 1
+    apart = [int(Distance.apart(one, other).max()) for one, other in zip(actual, op(x), strict=True)]
+    assert max(apart) <= (0 if rounds else 1), apart
+
+
 def zero_limits(x: Tensor, y: Tensor) -> Tensor:
     return 1 / (x * 0).clamp(min=0.0) + 1 / torch.clamp(y * 0, 0.0, 6.0) + 1 / F.relu6(x * 0)
 
