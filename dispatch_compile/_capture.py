@@ -234,8 +234,8 @@ def _traced(
 
 def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What of a tensor is not its values. Code does not change it, so that an implementation must not."""
-    # torch keeps the sizes of a fake tensor, as C++ code asked for them, in two attributes of it.
-    attributes = {name: value for name, value in vars(tensor).items() if not name.startswith("_sizes_capsule")}
+    # What a fake tensor remembers of itself is in attributes, too: _nonzero_memo, _sizes_capsule, ...
+    attributes = {name: value for name, value in vars(tensor).items() if not re.search("_memo|_capsule", name)}
     return (tensor.dtype, tensor.shape, tensor.stride(), _storage(tensor), attributes)
 
 

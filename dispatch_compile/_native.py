@@ -157,14 +157,18 @@ class Native:
         self._automatic = activations is None
         self._written = frozenset(mutates_args) or None
         self.signature = signature
+        self._impl: FunctionImpl | None = None
 
     def __repr__(self) -> str:
         return f"Native({self.name!r})"
 
-    @functools.cached_property
+    @property
     def impl(self) -> FunctionImpl:
         """The function as an implementation. Made at the first call: what it reads may be defined after it."""
-        return FunctionImpl(self.fn, outside_of(self.fn))
+        with _lock:
+            if self._impl is None:
+                self._impl = FunctionImpl(self.fn, outside_of(self.fn))
+            return self._impl
 
     def outside(self) -> list[Any]:
         """What the function would read from outside of itself now.
@@ -172,12 +176,12 @@ class Native:
         Raises:
             ValueError, KeyError: something has no value.
         """
-        return [one.value() for one in self.impl.outside]
+        return [one.value() for one in (self._impl or self.impl).outside]
 
     def dispatch(self, *args: Any, **kwargs: Any) -> FunctionImpl:
         return self.impl
 
-    @functools.cached_property
+    @property
     def callee(self) -> Callee:
         """The function as a route calls it. It does not keep the function alive."""
         reference, count = weakref.ref(self), len(self.impl.outside)
@@ -209,7 +213,7 @@ class Native:
                 if entry.captures is not None:
                     entry.captures(self.name)
                 return fn(*args, **kwargs)
-            if self.impl.outside:
+            if (self._impl or self.impl).outside:
                 try:
                     args = (*self.outside(), *args)
                 except (ValueError, KeyError):

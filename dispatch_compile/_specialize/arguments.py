@@ -8,7 +8,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -242,18 +241,16 @@ class Arguments:
     """A call's arguments as leaves."""
 
     roots: tuple[Root, ...]
+    leaves: tuple[Leaf, ...] = field(init=False)
+    tensors: tuple[Leaf, ...] = field(init=False)
+    dynamic_numbers: tuple[Leaf, ...] = field(init=False)
 
-    @cached_property
-    def leaves(self) -> tuple[Leaf, ...]:
-        return tuple(leaf for root in self.roots for leaf in leaves_of(root.node))
-
-    @cached_property
-    def tensors(self) -> tuple[Leaf, ...]:
-        return tuple(leaf for leaf in self.leaves if leaf.is_tensor)
-
-    @cached_property
-    def dynamic_numbers(self) -> tuple[Leaf, ...]:
-        return tuple(leaf for leaf in self.leaves if leaf.is_dynamic_number)
+    def __post_init__(self) -> None:
+        leaves = tuple(leaf for root in self.roots for leaf in leaves_of(root.node))
+        set_field = object.__setattr__  # the class is frozen
+        set_field(self, "leaves", leaves)
+        set_field(self, "tensors", tuple(leaf for leaf in leaves if leaf.is_tensor))
+        set_field(self, "dynamic_numbers", tuple(leaf for leaf in leaves if leaf.is_dynamic_number))
 
     @property
     def values(self) -> dict[str, Any]:
