@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dispatch_compile.__main__ import main
-from dispatch_compile.bench import sweep_cases, sweep_results, sweep_values
+from dispatch_compile.bench import sweep, sweep_cases, sweep_results, sweep_values
 from dispatch_compile.bench.sweep_results import BITWISE, DEFAULT, Difference, Row, Summary, Sweep, faults_of
 
 EQUAL, ROUNDED = Difference(1000, 0, 0, {}, ""), Difference(1000, 10, 3, {}, "of 1 2 for 2.1")
@@ -70,6 +70,27 @@ def test_what_is_more_than_rounding_of_integers_and_sums():
     assert dict(faults_of(torch.tensor([1, 2]), torch.tensor([1, 3]))) == {"integer": 1}
     assert dict(faults_of(torch.tensor([1.0, 1e-6]), torch.tensor([1.0, 2e-6]), sums=True)) == {}
     assert dict(faults_of(torch.tensor([1.0, 1e-5]), torch.tensor([1.0, 2e-5]), sums=True)) == {"ULPs": 1}
+
+
+def test_what_is_more_than_rounding_of_what_cancels():
+    actual, expected = torch.tensor([1e-7, 1e-6]), torch.tensor([2e-7, 2e-6])
+    assert dict(faults_of(actual, expected)) == {"ULPs": 2}
+    assert dict(faults_of(actual, expected, cancelled=torch.tensor([1.0, 1.0]))) == {"ULPs": 1}
+    assert dict(faults_of(actual, expected, cancelled=torch.tensor([1.0, 5.0]))) == {}
+    # In 16 bits, too, it is computed in 32.
+    assert dict(faults_of(actual.bfloat16(), expected.bfloat16(), cancelled=torch.ones(2))) == {"ULPs": 1}
+
+
+def test_what_is_compared_on_a_gpu():
+    """Not what eager itself computes otherwise from call to call: of sums, the bits; of places, anything."""
+    calls = sweep_cases.variants(["index_add", "median", "exp"], ["fp32"])
+
+    def names(config: str, device: str) -> set[str]:
+        return {sweep_cases.name_of(call.op) for batch in sweep._batches(calls, config, device) for call in batch}
+
+    assert names(DEFAULT, "cpu") == names(BITWISE, "cpu") == {"index_add", "median", "exp"}
+    assert names(DEFAULT, "cuda") == {"index_add", "exp"}
+    assert names(BITWISE, "cuda") == {"exp"}
 
 
 def test_what_it_sweeps():
