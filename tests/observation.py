@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard
+
+from dispatch_compile.bench.sweep_results import faults_of
 
 Facts = dict[str, Any]
 
@@ -64,16 +66,13 @@ def observe(result: Any, arguments: Mapping[str, Tensor], memory: Sequence[Tenso
     return seen
 
 
-def differences(
-    actual: Observation, expected: Observation, tolerance: Mapping[torch.dtype, float] | None = None
-) -> list[str]:
+def differences(actual: Observation, expected: Observation, rounded: Collection[torch.dtype] = ()) -> list[str]:
     """In what two observations differ, for people.
 
     Args:
         actual: of a call in a mode.
         expected: of the same call in eager.
-        tolerance: by how much values may differ, absolutely and relative to the expected ones, by dtype; those of other
-            dtypes must be equal in every bit.
+        rounded: dtypes whose values may differ by rounding, as the sweep has it; others must be equal in every bit.
     """
     found = [
         f"{name} is {actual.facts.get(name)!r} where eager gives {expected.facts.get(name)!r}"
@@ -82,7 +81,7 @@ def differences(
     ]
     for name, values in expected.values.items():
         others = actual.values.get(name)
-        if others is not None and not _same_values(others, values, tolerance or {}):
+        if others is not None and not _same_values(others, values, rounded):
             found.append(f"{name}: {others} where eager gives {values}")
     return found
 
@@ -150,13 +149,12 @@ def _plain(tensor: Tensor) -> Tensor:
         return tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
-def _same_values(actual: Tensor, expected: Tensor, tolerance: Mapping[torch.dtype, float]) -> bool:
+def _same_values(actual: Tensor, expected: Tensor, rounded: Collection[torch.dtype]) -> bool:
     if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
         return True  # that is among the facts
-    if actual.dtype not in tolerance:
-        return torch.equal(_bits(actual), _bits(expected))
-    most = tolerance[actual.dtype]
-    return torch.allclose(actual.double(), expected.double(), rtol=most, atol=most, equal_nan=True)
+    if actual.dtype in rounded:
+        return not dict(faults_of(actual, expected))
+    return torch.equal(_bits(actual), _bits(expected))
 
 
 def _bits(tensor: Tensor) -> Tensor:
