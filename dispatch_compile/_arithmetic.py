@@ -124,8 +124,9 @@ def _is_filled_with_rounded(node: Node) -> bool:
     return not _bitwise.holds(node.meta["val"].dtype, node.args[1])
 
 
-def _to_int8(node: Node) -> bool:
-    return node.kwargs.get("dtype") is torch.int8 and _of_floats(node)
+def _to_byte(node: Node) -> bool:
+    dtype = node.kwargs.get("dtype")
+    return _of_floats(node) and (dtype is torch.int8 or (dtype is torch.uint8 and _in_64_bits(node)))
 
 
 def _to_small_integer(node: Node) -> bool:
@@ -235,7 +236,7 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     ),
     aten.mul: (
         Rule("takes the product with the integer 0 for zeros", eager.mul, when=_by_integer_zero),
-        Rule(_NUMBER_IN_32_BITS, eager.mul_in_32_bits, when=_number_second_is_rounded),
+        Rule(_NUMBER_IN_32_BITS, eager.mul, when=_number_second_is_rounded),
     ),
     aten.full: (Rule(_NUMBER, eager.full, when=_is_filled_with_rounded),),
     aten.full_like: (Rule(_NUMBER, eager.full_like, when=_is_filled_with_rounded),),
@@ -281,7 +282,7 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     **dict.fromkeys([aten.cosh, aten.sinh], (Rule("overflows later for integers", device=CPU, when=_of_integers),)),
     **dict.fromkeys([aten.fmax, aten.fmin], (Rule(_ZEROS),)),
     aten._to_copy: (
-        Rule(_SATURATES, eager.to_copy, CPU, _to_int8),
+        Rule(_SATURATES, eager.to_copy, CPU, _to_byte),
         Rule("cannot convert these", device=CUDA, when=_between_float8_and_others),
         Rule(_SATURATES, eager.to_copy, CUDA, _to_small_integer),
         Rule(_SATURATES, eager.to_copy, CUDA, _to_float8_without_limits),

@@ -81,17 +81,14 @@ def rounding_its_number(op: OpOverload, dtypes: Sequence[torch.dtype] = SIXTEEN_
 
 
 def mul(x: Tensor | Number, y: Tensor | Number) -> Any:
-    """A product with the integer 0, which Inductor takes for zeros also where there are infinities and NaN."""
-    if not torch.result_type(x, y).is_floating_point or not (_is_integer_zero(x) or _is_integer_zero(y)):
+    """A product with the integer 0, which Inductor takes for zeros also where there are infinities and NaN, or with a
+    number that is not rounded to 16 bits."""
+    dtype = torch.result_type(x, y)
+    if dtype.is_floating_point and (_is_integer_zero(x) or _is_integer_zero(y)):
+        return x * 0.0 if _is_integer_zero(y) else y * 0.0
+    if dtype not in SIXTEEN_BITS or isinstance(y, Tensor) or not isinstance(x, Tensor):
         return NotImplemented
-    return x * 0.0 if _is_integer_zero(y) else y * 0.0
-
-
-def mul_in_32_bits(x: Tensor, number: Tensor | Number) -> Any:
-    """By a number that is not rounded to 16 bits."""
-    if isinstance(number, Tensor) or x.dtype not in SIXTEEN_BITS:
-        return NotImplemented
-    return (x.float() * number).to(x.dtype)
+    return (x.float() * y).to(dtype)
 
 
 def div_in_32_bits(x: Tensor, number: Tensor | Number) -> Any:
@@ -179,7 +176,7 @@ def to_copy(x: Tensor, *, dtype: torch.dtype | None = None, **layout: Any) -> An
     """What 8 or 16 bits do not hold goes through more in eager; what float8_e4m3fn does not hold becomes NaN."""
     if dtype in CONVERTED_THROUGH and x.is_floating_point():
         return x.to(CONVERTED_THROUGH[dtype]).to(dtype=dtype, **layout)
-    if dtype is torch.float8_e4m3fn and x.is_floating_point() and x.dtype not in FLOAT8 and not layout:
+    if dtype is torch.float8_e4m3fn and x.is_cuda and x.is_floating_point() and x.dtype not in FLOAT8 and not layout:
         in_range = x.abs() <= LARGEST_ROUNDED_TO_E4M3
         return torch.ops.prims.convert_element_type(torch.where(in_range, x, torch.nan), dtype)
     return NotImplemented

@@ -330,6 +330,19 @@ def test_a_rule_holds_where_it_says(define_ir_op):
     assert not aten_calls(compiled(define_ir_op(limited), torch.randn(4, 24))[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_calls_of_one_op_that_differ_for_different_reasons(dtype, define_ir_op):
+    """A rule's decomposition is for all calls of its op in a graph."""
+
+    def body(x: Tensor) -> list[Tensor]:
+        e4m3 = (x * 100).to(torch.float8_e4m3fn)
+        return [x * 0, x * 0.1, x * 0, e4m3.float(), (x * 100).to(torch.int8), x.clamp(0.0, 1.0), x.clamp(-0.3, 0.7)]
+
+    op, x = define_ir_op(body), sweep_values.ones(dtype)
+    for one, other in zip(compiled(op, x)[0], op(x), strict=True):
+        assert not dict(faults_of(one, other))
+
+
 def test_one_call_left_to_aten_leaves_all_of_its_op(define_ir_op):
     """Whichever comes first: in 16 bits // is ATen's, in 32 bits it is fused."""
 
