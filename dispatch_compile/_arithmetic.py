@@ -79,8 +79,8 @@ def _of_integers(node: Node) -> bool:
     return not any(value.is_floating_point() for value in _bitwise.tensors(node))
 
 
-def _of_bytes(node: Node) -> bool:
-    return any(value.dtype is torch.uint8 for value in _bitwise.tensors(node))
+def _of_bytes_or_bools(node: Node) -> bool:
+    return any(value.dtype in (torch.uint8, torch.bool) for value in _bitwise.tensors(node))
 
 
 def _takes_root(node: Node) -> bool:
@@ -261,9 +261,9 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     aten.max: (Rule(_TWO_ZEROS, eager.maximum, CUDA, _with_tensor),),
     aten.min: (
         Rule(_TWO_ZEROS, eager.minimum, CUDA, _with_tensor),
-        Rule(_PLACE, device=CPU, when=_of_bytes),
+        Rule(_PLACE, device=CPU, when=_of_bytes_or_bools),
     ),
-    aten.argmin: (Rule(_PLACE, device=CPU, when=_of_bytes),),
+    aten.argmin: (Rule(_PLACE, device=CPU, when=_of_bytes_or_bools),),
     aten.relu: (Rule(_TWO_ZEROS, eager.relu, CUDA, _of_floats),),
     aten.hardtanh: (
         Rule("gives floating-point numbers for integers", when=_of_integers),

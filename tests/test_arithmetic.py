@@ -227,6 +227,16 @@ def test_known_values(define_ir_op):
     assert compiled(op, x, y)[0][:4].tolist() == [3.0, -3.0, 5.0, math.inf]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bool, torch.int64], ids=str)
+def test_places_of_extremes(dtype, define_ir_op):
+    def places(x: Tensor) -> list[Tensor]:
+        arguments = [] if x.dtype is torch.bool else [x.argmin(0), x.argmax(0)]
+        return [*x.min(-1), *x.min(0), *x.max(-1), *x.max(0), *arguments]
+
+    op, x = define_ir_op(places), sweep_values.rows(dtype, special=True)
+    assert all(torch.equal(one, other) for one, other in zip(compiled(op, x)[0], op(x), strict=True))
+
+
 def test_integers(define_ir_op):
     def quotients(x: Tensor, y: Tensor) -> list[Tensor]:
         return [x // y, x % y, torch.fmod(x, y), torch.div(x, y, rounding_mode="floor"), x // 3, x % -3, x / y]

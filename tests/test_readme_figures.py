@@ -29,6 +29,8 @@ MEASURED = [
     ("vllm-bodies", "vllm_bodies_h100"),
     ("numerics", "numerics_cpu"),
     ("numerics", "numerics_h100"),
+    ("numerics", "sweep_cpu"),
+    ("numerics", "sweep_h200"),
 ]
 DRAWN = {"bench": "README.md", "vllm-bodies": "docs/vllm_bodies.md"}  # and where the pictures are shown
 DRAWN_ELSEWHERE = {"h200_compositions": "docs/fusion.md"}
