@@ -28,7 +28,7 @@ MEASURED = [
     ("passthrough", "passthrough_h100"),
     ("vllm-bodies", "vllm_bodies_h100"),
     ("numerics", "numerics_cpu"),
-    ("numerics", "numerics_h100"),
+    ("numerics", "numerics_h200"),
     ("numerics", "sweep_cpu"),
     ("numerics", "sweep_h200"),
 ]
