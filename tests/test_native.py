@@ -20,7 +20,7 @@ from dispatch_compile._native import Native
 
 LIMIT = 3.0
 TABLE = torch.arange(8.0)
-pytestmark = pytest.mark.usefixtures("inference")
+pytestmark = [pytest.mark.selective, pytest.mark.usefixtures("inference")]  # a mode that sees every op sees a native's
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from support import EAGER_OR_NATIVE, assert_same
 
 import dispatch_compile as dc
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*it runs eagerly")
+pytestmark = [pytest.mark.selective, pytest.mark.filterwarnings("ignore:.*it runs eagerly")]
 
 HELPERS = """
 import functools, torch
