@@ -442,8 +442,14 @@ def test_interpolation_has_the_bits_of_eager(inference, define_ir_op):
 NUMBERS = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1e-38, -1e-30, 1e-8, 0.1, 0.3, 0.5, 2.5, -3.0, 88.7, 3e38])
 
 
+def has_a_remainder(pair: tuple[float, float]) -> bool:
+    """Whether the quotient is a float32. Of others, eager's vector code gives NaN, and the rest of a row a number."""
+    x, y = pair
+    return y == 0 or not math.isfinite(x) or abs(x) <= abs(y) * torch.finfo(torch.float32).max
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(numbers=st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=70))
+@given(numbers=st.lists(st.tuples(NUMBERS, NUMBERS).filter(has_a_remainder), min_size=1, max_size=70))
 def test_drawn_values(numbers, drawn):
     op, mode = drawn
     x, y = (torch.tensor(column, dtype=torch.float32) for column in zip(*numbers, strict=True))
