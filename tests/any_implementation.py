@@ -379,6 +379,7 @@ COMPILED = [
     returns_an_argument,
     returns_a_number,  # not where it depends on a size that is dynamic
     returns_an_empty_list,
+    returns_a_tensor_and_a_number,
     returns_what_its_schema_does_not_say,  # which the dispatcher refuses
 ]
 COMPILED_AT_ANY_SIZE = [branches_on_the_number_of_elements, computes_with_sizes, takes_the_last_token]
@@ -388,7 +389,6 @@ NEVER_COMPILED = [
     writes_a_gradient,
     returns_a_view,
     returns_results_that_share_memory,
-    returns_a_tensor_and_a_number,
     returns_nothing,
     draws_random_numbers,
     reads_an_item,
