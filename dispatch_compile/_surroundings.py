@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -166,12 +167,17 @@ class Watch:
         self._before: dict[tuple[int, tuple[str, ...]], tuple[_Scope, Any, Any]] = {}
 
     def __enter__(self) -> Watch:
+        # What a collection runs (gc.callbacks, finalizers) is not the function's doing.
+        self._collects = gc.isenabled()
+        gc.disable()
         self._profile = sys.getprofile()
         sys.setprofile(self._event)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(self._profile)
+        if self._collects:
+            gc.enable()
         changed = [path for scope, path, before in self._looked_at() if self._restored(scope, path, before)]
         for cache, misses in self._caches:
             if cache.cache_info().misses != misses:

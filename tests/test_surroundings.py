@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import random
 import sys
 import time
+from collections import Counter
 from types import ModuleType
 from typing import Any
 
@@ -245,6 +247,26 @@ class TestWhatIsDone:
             assert_same(native(torch.ones(4)), torch.arange(4) + 1.0)
         assert mode.trace.events[0].action == "compiled"
         assert type(helpers.cached(4)) is torch.Tensor
+
+    def test_what_the_collector_calls(self, mode):
+        counts = Counter()
+
+        def count(phase, _):
+            counts[phase] += time.perf_counter() > 0
+            random.random()
+
+        @dc.native
+        def native(q):
+            loops = [[] for _ in range(3000)]  # more than what starts a collection
+            return q + len(loops)
+
+        gc.callbacks.append(count)
+        try:
+            assert check(mode, native, torch.ones(4)) is None
+        finally:
+            gc.callbacks.remove(count)
+        assert counts["start"]
+        assert gc.isenabled()
 
     @pytest.mark.parametrize(
         ("effect", "what"),
