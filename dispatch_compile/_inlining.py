@@ -16,7 +16,7 @@ from . import _registry
 from ._config import NATIVE, CompileConfig, not_in_providers
 from ._predicates import Reads, Unclear, reads_of
 from ._registry import implementations_tried, supports_args_of
-from ._torch_private import OpOverload, TorchDispatchMode
+from ._torch_private import OpOverload, QuietMode
 
 if TYPE_CHECKING:
     from ._ir import Impl, Op
@@ -127,7 +127,7 @@ class Composition:
 NO_CALLS = Composition({}, {}, (), 0)
 
 
-class Inlining(TorchDispatchMode):
+class Inlining(QuietMode):
     """Around an implementation while it is captured: runs, in place of some calls of IR ops, what those would run."""
 
     supports_higher_order_operators = True  # it hands them on
@@ -167,16 +167,6 @@ class Inlining(TorchDispatchMode):
         return Composition(
             dict.fromkeys(self._natives, NATIVE), left, list(self._dispatches.values()), self._generation
         )
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """To torch: this mode is no reason for other threads to run torch.compile'd functions eagerly."""
-        return False
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """To torch, the same."""
-        return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

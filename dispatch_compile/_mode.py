@@ -25,7 +25,7 @@ from ._opaque import opaque_overloads
 from ._orders import Frozen, Orders
 from ._route import Route
 from ._specialize.arguments import Parameters, activations_with_tokens, flatten
-from ._torch_private import OpOverload, OpOverloadPacket, TorchDispatchMode, hide_from_dynamo, torchs_modes
+from ._torch_private import OpOverload, OpOverloadPacket, QuietMode, TorchDispatchMode, hide_from_dynamo, torchs_modes
 from ._trace import OpCall, Trace, TraceEvent
 from ._warmup import arguments_with_tokens
 
@@ -41,7 +41,7 @@ def current_mode() -> DispatchCompileMode | None:
 _modes: weakref.WeakSet[DispatchCompileMode] = weakref.WeakSet()
 
 
-class DispatchCompileMode(TorchDispatchMode):
+class DispatchCompileMode(QuietMode):
     """Inside it, IR ops run as compiled code of the implementation that their dispatch chooses.
 
     Scope is the ``with`` block, and the thread or the task of an event loop that entered it. Calls are caught wherever
@@ -116,16 +116,6 @@ class DispatchCompileMode(TorchDispatchMode):
         leave(self)
         if self.interception == EVERY_OP:
             self._leave_torchs_stack()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """To torch: a mode that sees every op is no reason to run torch.compile'd functions eagerly."""
-        return False
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """To torch, the same."""
-        return True
 
     @contextmanager
     def on_torchs_stack(self) -> Iterator[None]:

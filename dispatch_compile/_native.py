@@ -21,7 +21,7 @@ from ._callee import Callee
 from ._fork import freed_in_children
 from ._intercept import run_function
 from ._ir import NATIVE, IrOp
-from ._origin import NATIVES_OF
+from ._origin import NATIVES_OF, nested_code
 from ._specialize.arguments import Parameters
 from ._specialize.guards import MISS
 from ._surroundings import CACHING
@@ -90,11 +90,9 @@ def _is_library(fn: FunctionType) -> bool:
 
 
 def _globals_named(code: CodeType) -> Iterator[str]:
-    names = (each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    yield from dict.fromkeys(names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _globals_named(constant)
+    for one in nested_code(code):
+        names = (each.argval for each in dis.get_instructions(one) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+        yield from dict.fromkeys(names)
 
 
 class FunctionImpl:

@@ -62,6 +62,7 @@ __all__ = [
     "NoCompiler",
     "OpOverload",
     "OpOverloadPacket",
+    "QuietMode",
     "TensorGuards",
     "TorchDispatchMode",
     "TritonLaunch",
@@ -142,6 +143,20 @@ is_dynamo_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 
 # The modes that torch would hand an op to now, innermost last.
 torchs_modes: Callable[[], list[TorchDispatchMode]] = _get_current_dispatch_mode_stack
+
+
+class QuietMode(TorchDispatchMode):
+    """A mode that leaves Dynamo as it is: while a mode is on the stack that does not say these two, Dynamo skips what
+    it meets, on every thread, and runs it eagerly."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
 
 # A context in which no TorchDispatchMode sees anything; leaving a mode and entering it again would run its own code.
 without_modes: Callable[[], AbstractContextManager[object]] = _disable_current_modes

@@ -186,6 +186,23 @@ def test_overloads(overload):
     assert torch.Tag.data_dependent_output in torch.ops.aten._local_scalar_dense.default.tags
 
 
+@covers("QuietMode")
+def test_functions_are_compiled_under_a_quiet_mode():
+    class Quiet(private.QuietMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    with Quiet():
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+    assert len(compiled) == 1
+
+
 @covers("TorchDispatchMode", "dispatch_modes_active")
 def test_dispatch_modes():
     class Seeing(private.TorchDispatchMode):

@@ -19,7 +19,7 @@ from dispatch_compile import CompileConfig, DispatchCompileMode, IrOp
 
 from .._cache import Guarded
 from .._specialize.guards import MISS
-from .._torch_private import OpOverload, TorchDispatchMode
+from .._torch_private import OpOverload, QuietMode
 from .cases import Case, bytes_moved
 from .handwritten import HANDWRITTEN
 
@@ -157,17 +157,8 @@ def _arguments_of_run(call: str, arguments: Arguments) -> Arguments:
     return given[0]
 
 
-class TorchCompileMode(TorchDispatchMode):
+class TorchCompileMode(QuietMode):
     """A plain dispatch mode that sends one op to a function."""
-
-    # While a mode is on the stack that does not say these two, Dynamo skips what it meets, and runs it eagerly.
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
 
     def __init__(self, overload: OpOverload, function: Callable[..., Any]) -> None:
         super().__init__()
