@@ -18,6 +18,7 @@ import torch
 from . import _registry
 from ._active import innermost_entry
 from ._callee import Callee
+from ._checks import checked_names
 from ._fork import freed_in_children
 from ._intercept import run_function
 from ._ir import NATIVE, IrOp
@@ -287,12 +288,13 @@ def native(
         The function to call in its place.
 
     Raises:
-        TypeError: ``fn`` is a generator or a coroutine function, a class, a module, an op, or no function at all.
+        TypeError: ``fn`` is a generator or a coroutine function, a class, a module, an op, or no function at all;
+            ``activations`` or ``mutates_args`` is no list of names.
         ValueError: ``activations`` or ``mutates_args`` names something that is no parameter.
     """
-    for what, given in (("activations", activations), ("mutates_args", mutates_args)):
-        if isinstance(given, str):
-            raise TypeError(f"native: {what} is a list of names; write {what}=[{given!r}]")
+    if activations is not None:
+        activations = checked_names("native", "activations", activations)
+    mutates_args = checked_names("native", "mutates_args", mutates_args)
     if name is not None and not isinstance(name, str):
         raise TypeError(f"native: name must be a string, not {name!r}")
 
@@ -302,7 +304,7 @@ def native(
     return decorate if fn is None else decorate(fn)
 
 
-def _decorated(fn: Any, activations: Sequence[str] | None, mutates_args: Sequence[str], name: str | None) -> Any:
+def _decorated(fn: Any, activations: tuple[str, ...] | None, mutates_args: tuple[str, ...], name: str | None) -> Any:
     fn = uncompiled(fn)
     if isinstance(fn, (staticmethod, classmethod)):
         return type(fn)(_decorated(fn.__func__, activations, mutates_args, name))
@@ -326,7 +328,7 @@ def _decorated(fn: Any, activations: Sequence[str] | None, mutates_args: Sequenc
     _check(fn)
     if hasattr(fn, "dispatch_compile_native"):
         return fn
-    options = (None if activations is None else tuple(activations), tuple(mutates_args), name)
+    options = (activations, mutates_args, name)
     with _lock:
         natives: dict[Any, Native] = vars(fn).setdefault(NATIVES_OF, {})
         found = natives.get(options)

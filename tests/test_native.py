@@ -923,6 +923,8 @@ class TestDecoration:
             dc.native(lambda q: q, **{option: ["nope"]})
         with pytest.raises(TypeError, match=f"{option} is a list of names"):
             dc.native(**{option: "q"})
+        with pytest.raises(TypeError, match=f"{option} must be a list of names, not 3"):
+            dc.native(**{option: 3})
 
     def test_it_is_freed_with_its_function(self, mode):
         def make():
