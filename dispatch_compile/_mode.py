@@ -25,7 +25,7 @@ from ._opaque import opaque_overloads
 from ._orders import Frozen, Orders
 from ._route import Route
 from ._specialize.arguments import Parameters, activations_with_tokens, flatten
-from ._torch_private import OpOverload, OpOverloadPacket, QuietMode, TorchDispatchMode, hide_from_dynamo, torchs_modes
+from ._torch_private import OpOverload, OpOverloadPacket, QuietMode, hide_from_dynamo, pop_mode, push_mode, torchs_modes
 from ._trace import OpCall, Trace, TraceEvent
 from ._warmup import arguments_with_tokens
 
@@ -135,11 +135,11 @@ class DispatchCompileMode(QuietMode):
             )
         inner = []
         while (mode := torchs_modes()[-1]) is not self:
-            TorchDispatchMode.__exit__(mode, None, None, None)
+            pop_mode(mode)
             inner.append(mode)
-        super().__exit__(None, None, None)
+        pop_mode(self)
         for mode in reversed(inner):
-            TorchDispatchMode.__enter__(mode)
+            push_mode(mode)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -19,7 +19,7 @@ from contextvars import ContextVar, copy_context
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,13 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import profiler
 
 # TorchDispatchMode's documented home is this private module, and that of the stack that it is on as well.
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 __all__ = [
     "BELOW_BACKEND_SELECT",
@@ -107,7 +113,9 @@ __all__ = [
     "missing_compiler",
     "new_fake_mode",
     "new_shape_env",
+    "pop_mode",
     "profiler",
+    "push_mode",
     "reinterpret_tensor",
     "shape_guard_names",
     "size_at",
@@ -145,9 +153,31 @@ is_dynamo_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 torchs_modes: Callable[[], list[TorchDispatchMode]] = _get_current_dispatch_mode_stack
 
 
+# Put a mode on torch's stack, as what is on top.
+push_mode: Callable[[TorchDispatchMode], None] = _push_mode
+
+
+def pop_mode(mode: TorchDispatchMode) -> None:
+    """Take off torch's stack what is on top; ``mode`` must be that."""
+    _pop_mode(getattr(mode, "_mode_key", None))
+
+
 class QuietMode(TorchDispatchMode):
     """A mode that leaves Dynamo as it is: while a mode is on the stack that does not say these two, Dynamo skips what
-    it meets, on every thread, and runs it eagerly."""
+    it meets, on every thread, and runs it eagerly.
+
+    It leaves torch's flags about modes alone, too. They belong to the process and are put back as if all threads shared
+    one stack, so of two modes whose times overlap, the one left last brings back the other's flags, for ever.
+    """
+
+    def __enter__(self) -> QuietMode:
+        push_mode(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pop_mode(self)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -535,11 +565,24 @@ def _inductor_compile(
                 inductors = table.pop(op, None)
                 if own is not None:
                     table[op] = _first_of(own, inductors)
+                else:
+                    _fall_back(op)
         compile_fx(graph, inputs, inner_compile, dict(options), table)
     counts = [tuple(counts) for _, *counts in compiled]
     if counts != [expected]:
         raise RuntimeError(f"AOTAutograd made graphs of {counts} inputs and outputs where one of {expected} was given")
     return InductorCode(compiled[0][0])
+
+
+def _fall_back(op: OpOverload) -> None:
+    """Have Inductor call ATen's kernel of an op that it has no lowering for. It comes to that by itself, but fails if
+    the environment says ``CI``, to remind its developers that it could decompose the op."""
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
+
+    if op not in lowerings:
+        constraint = tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+        make_fallback(op, layout_constraint=constraint, warn=False, override_decomp=True)
 
 
 @contextmanager

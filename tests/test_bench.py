@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dispatch_compile.__main__ import main
 from dispatch_compile.bench import compile_time, peers, plot, proof, results, timing
@@ -123,7 +124,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-class PlainMode(peers.TorchDispatchMode):
+class PlainMode(TorchDispatchMode):
     """While such a mode is on the stack, compiled functions silently run eagerly."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
