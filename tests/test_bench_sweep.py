@@ -83,7 +83,7 @@ def test_what_is_more_than_rounding_of_what_cancels():
 
 def test_what_is_compared_on_a_gpu():
     """Not what eager itself computes otherwise from call to call: of sums, the bits; of places, anything."""
-    calls = sweep_cases.variants(["index_add", "median", "exp"], ["fp32"])
+    calls = sweep_cases.variants(["index_add", "median", "exp"], "fp32")
 
     def names(config: str, device: str) -> set[str]:
         return {sweep_cases.name_of(call.op) for batch in sweep._batches(calls, config, device) for call in batch}

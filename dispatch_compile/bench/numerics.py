@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
             parser,
             options,
             sweep_results.read,
-            lambda device: sweep.run(device, names, options.dtypes, options.every),
+            lambda device: sweep.run(device, names, options.dtypes, options.every, options.jobs),
         )
         print(sweep_results.markdown(swept) if options.markdown else sweep_results.text(swept))
         return 0
@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--every", type=positive, default=1, metavar="N", help="make every Nth call of the sweep (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="processes of the sweep, one dtype each (default: 1)"
     )
     add_results_arguments(parser)
     return parser

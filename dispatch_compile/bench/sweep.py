@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,32 +31,44 @@ BATCH = 24
 _serial = itertools.count()
 
 
-def run(device: str, names: Sequence[str] | None, dtypes: Sequence[str], every: int = 1) -> Sweep:
+def run(device: str, names: Sequence[str] | None, dtypes: Sequence[str], every: int = 1, jobs: int = 1) -> Sweep:
     """Call ops compiled and eagerly, and compare.
 
     Args:
         names: of the ops, such as ``expm1``; None for all.
         dtypes: names in ``sweep_values.DTYPES``.
         every: make every so many-th of the calls.
+        jobs: how many processes share the dtypes.
     """
-    torch.set_num_threads(1)
     start = time.monotonic()
     progress = Progress()
     rows: list[Row] = []
     try:
-        with torch.inference_mode():
-            calls = [call for call in variants(names, dtypes, every) if _runs(call, device)]
-            batches = [(config, batch) for config in CONFIGS for batch in _batches(calls, config, device)]
-            progress.expect(sum(len(batch) for _, batch in batches))
-            for config, batch in batches:
-                progress.show(f"{config}: {batch[0].op._schema.name}, {batch[0].dtype}")
-                rows += _compared(batch, config, device)
-                for _ in batch:
-                    progress.step()
+        progress.expect(len(dtypes))
+        progress.show(f"{len(dtypes)} dtypes")
+        with ExitStack() as stack:
+            mapped: Any = map
+            if jobs > 1:
+                pool = ProcessPoolExecutor(min(jobs, len(dtypes)), multiprocessing.get_context("spawn"))
+                mapped = stack.enter_context(pool).map
+            for found in mapped(partial(_rows, device, names, every), range(len(dtypes)), dtypes):
+                rows += found
+                progress.step()
     finally:
         progress.close()
-    ops = len({call.op for call in calls})
-    return Sweep.of(device, ops, time.monotonic() - start, left_out(), rows)
+    return Sweep.of(device, len({row.op for row in rows}), time.monotonic() - start, left_out(), rows)
+
+
+def _rows(device: str, names: Sequence[str] | None, every: int, number: int, dtype: str) -> list[Row]:
+    """For the ``number``-th of the dtypes, which starts with another call than the others."""
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    with torch.inference_mode():
+        calls = [call for call in variants(names, dtype)[number % every :: every] if _runs(call, device)]
+        for config in CONFIGS:
+            for batch in _batches(calls, config, device):
+                rows += _compared(batch, config, device)
+    return rows
 
 
 def op_names() -> set[str]:

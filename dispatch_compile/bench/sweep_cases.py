@@ -61,11 +61,10 @@ def filled(arg: Any, tensors: Sequence[Tensor]) -> Any:
     return [filled(item, tensors) for item in arg] if isinstance(arg, list) else arg
 
 
-def variants(names: Sequence[str] | None, dtypes: Sequence[str], every: int = 1) -> list[Variant]:
-    """All calls of the sweep, or those of the ops with these names; of those each ``every``-th."""
+def variants(names: Sequence[str] | None, dtype: str) -> list[Variant]:
+    """All calls of the sweep in a dtype, or those of the ops with these names."""
     ops = [op for op in swept_ops() if names is None or name_of(op) in names]
-    found = [variant for dtype in dtypes for op in ops for variant in _variants(op, dtype)]
-    return found[::every]
+    return [variant for op in ops for variant in _variants(op, dtype)]
 
 
 def name_of(op: OpOverload) -> str:
