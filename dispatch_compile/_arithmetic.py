@@ -83,6 +83,10 @@ def _of_bytes_or_bools(node: Node) -> bool:
     return any(value.dtype in (torch.uint8, torch.bool) for value in _bitwise.tensors(node))
 
 
+def _of_bools(node: Node) -> bool:
+    return any(value.dtype is torch.bool for value in _bitwise.tensors(node))
+
+
 def _takes_root(node: Node) -> bool:
     return node.args[1] == 0.5 and _in_16_bits(node)
 
@@ -97,8 +101,17 @@ def _at_zero(node: Node) -> bool:
 
 
 def _scaled(node: Node) -> bool:
+    """Whether an operand is multiplied first. Of integers, the sum is exact; of bools, it is none but 0 and 1."""
     alpha = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
-    return _of_floats(node) and alpha != 1
+    return alpha != 1 and (_of_floats(node) or node.meta["val"].dtype is torch.bool)
+
+
+def _shifts_beyond(node: Node) -> bool:
+    """Whether bits may be shifted by less than none or more than all; up to 32 bits the hardware minds the latter."""
+    dtype, by = node.meta["val"].dtype, node.args[1]
+    if isinstance(by, int):
+        return not 0 <= by < (1 if dtype is torch.bool else torch.iinfo(dtype).bits)
+    return bool(dtype is torch.int64)
 
 
 def _number_is_rounded(node: Node) -> bool:
@@ -180,6 +193,14 @@ def _in_32_bits(node: Node) -> bool:
     return bool(_bitwise.tensors(node)[0].dtype is torch.float32)
 
 
+def _gives_32_bits(node: Node) -> bool:
+    return bool(node.meta["val"].dtype is torch.float32)
+
+
+def _in_small_integers(node: Node) -> bool:
+    return _of_integers(node) and _bitwise.tensors(node)[0].dtype.itemsize < 4
+
+
 def _in_64_bits(node: Node) -> bool:
     return bool(_bitwise.tensors(node)[0].dtype is torch.float64)
 
@@ -195,6 +216,10 @@ def _beside_0_dims(node: Node) -> bool:
 
 def _number_first(node: Node) -> bool:
     return not isinstance(node.args[0], Node) and _of_floats(node)
+
+
+def _number_first_of_integers(node: Node) -> bool:
+    return not isinstance(node.args[0], Node) and not _of_floats(node)
 
 
 _QUOTIENT = "floors the rounded quotient, which can be off by one"
@@ -231,6 +256,7 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     ),
     aten.remainder: (
         Rule("calls another fmod", device=CPU, when=_number_first),
+        Rule("divides the number by zero in another way", device=CUDA, when=_number_first_of_integers),
         Rule(_NUMBER, when=_beside_0_dims),
         Rule(_QUOTIENT, eager.remainder, when=_of_floats),
     ),
@@ -258,10 +284,14 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     ),
     aten.maximum: (Rule(_TWO_ZEROS, eager.maximum, CUDA, _of_floats),),
     aten.minimum: (Rule(_TWO_ZEROS, eager.minimum, CUDA, _of_floats),),
-    aten.max: (Rule(_TWO_ZEROS, eager.maximum, CUDA, _with_tensor),),
+    aten.max: (
+        Rule(_TWO_ZEROS, eager.maximum, CUDA, _with_tensor),
+        Rule(_PLACE, device=CUDA, when=_of_bools),
+    ),
     aten.min: (
         Rule(_TWO_ZEROS, eager.minimum, CUDA, _with_tensor),
         Rule(_PLACE, device=CPU, when=_of_bytes_or_bools),
+        Rule(_PLACE, device=CUDA, when=_of_bools),
     ),
     aten.argmin: (Rule(_PLACE, device=CPU, when=_of_bytes_or_bools),),
     aten.relu: (Rule(_TWO_ZEROS, eager.relu, CUDA, _of_floats),),
@@ -287,7 +317,15 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
         Rule(_SATURATES, eager.to_copy, CUDA, _to_small_integer),
         Rule(_SATURATES, eager.to_copy, CUDA, _to_float8_without_limits),
     ),
-    aten.sigmoid: (Rule(_DIGITS, eager.sigmoid, CUDA, _in_32_bits),),
+    aten.sigmoid: (Rule(_DIGITS, eager.sigmoid, CUDA, _gives_32_bits),),
+    **dict.fromkeys(
+        [aten.__lshift__, aten.__rshift__, aten.bitwise_left_shift, aten.bitwise_right_shift],
+        (Rule("leaves shifts beyond the bits to the hardware", device=CUDA, when=_shifts_beyond),),
+    ),
+    **dict.fromkeys(
+        [aten.index_add, aten.index_put, aten.scatter_add, aten.scatter_reduce],
+        (Rule("has no atomic addition of so few bits", device=CUDA, when=_in_small_integers),),
+    ),
     aten.glu: (Rule(_DIGITS, eager.glu, CUDA, _in_32_bits),),
     aten.signbit: (Rule("does not see the sign of -0.0", device=CUDA, when=_in_64_bits),),
     aten.frexp: (Rule("other exponents for what is subnormal or not finite", device=CUDA),),
@@ -330,7 +368,10 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
         )
         for packet in (aten.sub, aten.rsub)
     },
-    aten.ldexp: (Rule("multiplies by a power of two that may be infinite", when=_in_16_bits),),
+    aten.ldexp: (
+        Rule("multiplies by a power of two that may be infinite", when=_in_16_bits),
+        Rule("multiplies by an inexact power of two", device=CUDA, when=_of_integers),
+    ),
     aten.log_sigmoid_forward: (Rule(_ZEROS, device=CPU, when=_in_16_bits),),
     **dict.fromkeys(
         [

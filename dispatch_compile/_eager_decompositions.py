@@ -164,7 +164,8 @@ def minimum(a: Tensor, b: Tensor) -> Any:
 
 def sigmoid(x: Tensor) -> Any:
     """With the exact exp; Triton's own sigmoid has one that loses digits as its argument grows."""
-    return (1 + (x * -1.0).exp()).reciprocal() if x.dtype is torch.float32 else NotImplemented
+    computed_in = torch.result_type(x, 1.0)
+    return (1 + (x * -1.0).exp()).reciprocal() if computed_in is torch.float32 else NotImplemented
 
 
 def glu(x: Tensor, dim: int = -1) -> Any:

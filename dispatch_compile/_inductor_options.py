@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from ._capture import Captured
 from ._opaque import TORCH_NAMESPACES
-from ._torch_private import OpOverload, functional_op
+from ._torch_private import OpOverload
 
 
 def options_for(captured: Captured) -> dict[str, Any]:
@@ -23,7 +23,9 @@ def options_for(captured: Captured) -> dict[str, Any]:
         **_rounding(captured),
         # Keep subnormal numbers on a GPU, as eager does; Triton's libraries would take them for zero.
         "eager_numerics.disable_ftz": any(fake.device.type == "cuda" for fake in captured.fakes),
-        "joint_graph_constant_folding": not _adds_constant(captured.graph.graph),
+        # It drops additions of zero, which make 0.0 of -0.0, and, from torch 2.15 on, whole graphs: x * 1 is then no
+        # code at all.
+        "joint_graph_constant_folding": False,
         **_bounds_checks(captured),
     }
 
@@ -61,27 +63,8 @@ def _only_moves_values(node: Node) -> bool:
 
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-_FILLED = {
-    torch.ops.aten.zeros_like,
-    torch.ops.aten.full_like,
-    torch.ops.aten.new_zeros,
-    torch.ops.aten.new_full,
-}
 _PRODUCTS = (torch.ops.aten.mul, torch.ops.aten.div)
 _MOVES = (torch.ops.aten.cat, torch.ops.aten.clone)
-
-
-def _adds_constant(graph: Graph) -> bool:
-    """Whether a constant tensor is added. Folding drops the addition of zeros, which makes 0.0 of -0.0."""
-    constants: set[Node] = set()
-    for node in graph.nodes:
-        packet = functional_op(node.target).overloadpacket if isinstance(node.target, OpOverload) else None
-        if packet in (torch.ops.aten.add, torch.ops.aten.sub) and not constants.isdisjoint(node.all_input_nodes):
-            return True
-        computed = node.op == "call_function" and constants.issuperset(node.all_input_nodes)
-        if node.op == "get_attr" or packet in _FILLED or computed:
-            constants.add(node)
-    return False
 
 
 def _bounds_checks(captured: Captured) -> Mapping[str, Any]:
