@@ -26,6 +26,8 @@ def options_for(captured: Captured) -> dict[str, Any]:
         # It drops additions of zero, which make 0.0 of -0.0, and, from torch 2.15 on, whole graphs: x * 1 is then no
         # code at all.
         "joint_graph_constant_folding": False,
+        # Whether padded matrices are faster is measured when code is made; their products have other strides.
+        "shape_padding": False,
         **_bounds_checks(captured),
     }
 
