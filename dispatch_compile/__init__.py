@@ -2,21 +2,23 @@
 
 from ._version import __version__  # isort: skip - first, for it looks whether torch's version will do
 
-from . import _registry, ops, vllm
-from ._active import inherit_modes
+from . import ops, vllm
+from ._basics.errors import CompileError, DispatchCompileWarning
 from ._body import compile_natives
-from ._cache import CacheStats, NativeCache
-from ._config import CompileConfig
-from ._counters import counters
+from ._cache.cache import CacheStats, NativeCache
+from ._cache.counters import counters
+from ._call.explain import Explanation
+from ._compile.config import CompileConfig
+from ._dispatch.active import inherit_modes
 from ._enable import disable, enable
-from ._errors import CompileError, DispatchCompileWarning
-from ._explain import Explanation
-from ._ir import IrOp, IrOpImpl, register_op
+from ._ir import registry
+from ._ir.embedded import IrOp, IrOpImpl, register_op
+from ._ir.references import register_native
 from ._mode import DispatchCompileMode
 from ._native import native
-from ._registry import register_native
-from ._saved_file import ArtifactError
-from ._trace import OpCall, Trace, TraceEvent
+from ._saved.container import ArtifactError
+from ._trace.event import OpCall, TraceEvent
+from ._trace.trace import Trace
 
 __all__ = [
     "ArtifactError",
@@ -44,4 +46,4 @@ __all__ = [
     "register_op",
 ]
 
-_registry.add_source(vllm.ir_ops, poll=vllm.registered_ir_ops, called_through_torch=vllm.ir_ops_called_through_torch)
+registry.add_source(vllm.ir_ops, poll=vllm.registered_ir_ops, called_through_torch=vllm.ir_ops_called_through_torch)

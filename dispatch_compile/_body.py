@@ -10,10 +10,10 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
-from ._checks import check_plain
-from ._config import CompileConfig
+from ._basics.checks import check_plain
+from ._compile.config import CompileConfig
 from ._mode import DispatchCompileMode, current_mode
-from ._torch_private import CustomOpDef, wrap_custom_op_kernels
+from ._torch.dispatch import CustomOpDef, wrap_custom_op_kernels
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._active import EVERY_OP, mode_everywhere, set_mode_everywhere
+from ._dispatch.active import EVERY_OP, mode_everywhere, set_mode_everywhere
 from ._mode import DispatchCompileMode
 
 

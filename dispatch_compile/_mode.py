@@ -10,23 +10,34 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from . import _hooks, _registry
-from ._active import EVERY_OP, SELECTIVE, active_modes, enter, leave
-from ._cache import NativeCache
-from ._callee import Callee, full_name
-from ._checks import check_whole
-from ._config import COMPILE, CompileConfig
-from ._environment import trace_asked_for
-from ._explain import Explanation, explanation_of, explanation_of_function
-from ._fork import freed_in_children
-from ._intercept import kernel_of
-from ._ir import Op
-from ._opaque import opaque_overloads
-from ._orders import Frozen, Orders
-from ._route import Route
+from ._basics.checks import check_whole
+from ._basics.fork import freed_in_children
+from ._cache.cache import NativeCache
+from ._cache.orders import Frozen, Orders
+from ._call.explain import Explanation, explanation_of, explanation_of_function
+from ._call.kernel import kernel_of
+from ._call.route import Route
+from ._compile.config import COMPILE, CompileConfig
+from ._dispatch import hooks
+from ._dispatch.active import EVERY_OP, SELECTIVE, active_modes, enter, leave
+from ._dispatch.opaque import opaque_overloads
+from ._ir import registry
+from ._ir.protocol import Op, overloads
+from ._ir.selection import overload_of, selection
 from ._specialize.arguments import Parameters, activations_with_tokens, flatten
-from ._torch_private import OpOverload, OpOverloadPacket, QuietMode, hide_from_dynamo, pop_mode, push_mode, torchs_modes
-from ._trace import OpCall, Trace, TraceEvent
+from ._specialize.callee import Callee, full_name
+from ._torch.dispatch import (
+    OpOverload,
+    OpOverloadPacket,
+    QuietMode,
+    hide_from_dynamo,
+    pop_mode,
+    push_mode,
+    torchs_modes,
+)
+from ._trace.environment import trace_asked_for
+from ._trace.event import OpCall, TraceEvent
+from ._trace.trace import Trace
 from ._warmup import arguments_with_tokens
 
 if TYPE_CHECKING:
@@ -95,11 +106,11 @@ class DispatchCompileMode(QuietMode):
         self._orders = Orders()
         # For the kernel, by the overload's name, and for natives by their number; None if it is not selected.
         self.routes: dict[Hashable, Route | None] = {}
-        self._selects = _registry.selection(ops)
+        self._selects = selection(ops)
         self._polled: list[weakref.ref[Op]] = []
         self._caught: set[OpOverload] = set()
         self._sync_lock = freed_in_children(threading.Lock())
-        weakref.finalize(self, _hooks.release, self._caught)
+        weakref.finalize(self, hooks.release, self._caught)
         _modes.add(self)
         self._sync()
 
@@ -149,7 +160,7 @@ class DispatchCompileMode(QuietMode):
         torch's stack belongs to the thread, so ops of tasks that are not in the mode come this way as well.
         """
         kwargs = kwargs or {}
-        if self.trace is None or _hooks.caught(func) or self not in active_modes():
+        if self.trace is None or hooks.caught(func) or self not in active_modes():
             return func(*args, **kwargs)
         call = self.trace.begin(OpCall, full_name(func), args, kwargs)
         try:
@@ -271,7 +282,7 @@ class DispatchCompileMode(QuietMode):
                     f"not {op_or_fn!r}"
                 )
             return None
-        overload = _registry.overload_of(op_or_fn, "warmup")
+        overload = overload_of(op_or_fn, "warmup")
         self._sync()
         route = self.routes.get(overload.name())
         if route is not None:
@@ -299,7 +310,7 @@ class DispatchCompileMode(QuietMode):
         native = getattr(op, "dispatch_compile_native", None)
         if native is not None:
             return explanation_of_function(self, native, args, kwargs)
-        overload = _registry.overload_of(op, "explain")
+        overload = overload_of(op, "explain")
         self._sync()
         return explanation_of(self, overload, args, kwargs)
 
@@ -310,15 +321,13 @@ class DispatchCompileMode(QuietMode):
 
     def _outdated(self) -> bool:
         """Whether a source that does not say when its ops change has other ops than when they were last looked at."""
-        return [ref() for ref in self._polled] != _registry.polled_ops()
+        return [ref() for ref in self._polled] != registry.polled_ops()
 
     def _sync(self) -> None:
         """Catch the ops that are known now, and no longer those that are gone."""
         with self._sync_lock:
-            ops = _registry.known_ops()
-            selected = [
-                (op, overload) for op in ops for overload in _registry.overloads(op) if self._selects(op, overload)
-            ]
+            ops = registry.known_ops()
+            selected = [(op, overload) for op in ops for overload in overloads(op) if self._selects(op, overload)]
             routes: dict[Hashable, Route | None] = {
                 overload.name(): self._route(op, overload) for op, overload in selected
             }
@@ -326,13 +335,13 @@ class DispatchCompileMode(QuietMode):
             if self.trace is not None:
                 wanted |= opaque_overloads()
             gone, fresh = self._caught - wanted, wanted - self._caught
-            _hooks.release(gone)  # first: an op may have come back under its name
-            _hooks.acquire(fresh, kernel_of)
+            hooks.release(gone)  # first: an op may have come back under its name
+            hooks.acquire(fresh, kernel_of)
             self._caught -= gone
             self._caught |= fresh
             if self._outdated():
-                _registry.dispatch_changed()
-            self._polled = [weakref.ref(op) for op in _registry.polled_ops()]
+                registry.dispatch_changed()
+            self._polled = [weakref.ref(op) for op in registry.polled_ops()]
             self.routes = routes
 
     def route_of(self, native: Native) -> Route | None:
@@ -384,4 +393,4 @@ def _ops_changed() -> None:
         mode._sync()
 
 
-_registry.on_change(_ops_changed)
+registry.on_change(_ops_changed)

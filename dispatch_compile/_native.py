@@ -15,18 +15,20 @@ from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 
-from . import _registry
-from ._active import innermost_entry
-from ._callee import Callee
-from ._checks import checked_names
-from ._fork import freed_in_children
-from ._intercept import run_function
-from ._ir import NATIVE, IrOp
-from ._origin import NATIVES_OF, nested_code
+from ._basics.checks import checked_names
+from ._basics.fork import freed_in_children
+from ._call.kernel import run_function
+from ._compile.reading import nested_code
+from ._compile.surroundings import CACHING
+from ._dispatch.active import innermost_entry
+from ._ir import registry
+from ._ir.embedded import IrOp
+from ._ir.protocol import NATIVE
+from ._saved.origin import NATIVES_OF
 from ._specialize.arguments import Parameters
+from ._specialize.callee import Callee
 from ._specialize.guards import MISS
-from ._surroundings import CACHING
-from ._torch_private import CustomOpDef, OpOverload, OpOverloadPacket, is_dynamo_compiling, profiler, uncompiled
+from ._torch.dispatch import CustomOpDef, OpOverload, OpOverloadPacket, is_dynamo_compiling, profiler, uncompiled
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -375,4 +377,4 @@ def _check(fn: Any) -> None:
             )
 
 
-_registry.add_source(lambda: list(Native.registry.values()))
+registry.add_source(lambda: list(Native.registry.values()))

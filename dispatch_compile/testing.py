@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ._checks import check_plain
+from ._basics.checks import check_plain
 from ._mode import DispatchCompileMode, current_mode
 
 

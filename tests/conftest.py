@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dispatch_compile as dc
-from dispatch_compile._artifacts import FOLDER_VARIABLE
+from dispatch_compile._saved.artifacts import FOLDER_VARIABLE
 
 _serial = itertools.count()
 OPAQUE_NAMESPACE = "dispatch_compile_test"

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.library import Library
 
 import dispatch_compile as dc
-from dispatch_compile import _background, _fork
+from dispatch_compile._basics import fork as _fork
+from dispatch_compile._cache import background as _background
 
 X = torch.arange(12.0).reshape(4, 3)
 

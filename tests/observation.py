@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard
 
-from dispatch_compile.bench.sweep_results import faults_of
+from benchmarks.sweep_results import faults_of
 
 Facts = dict[str, Any]
 

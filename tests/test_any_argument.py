@@ -24,9 +24,9 @@ from observation import differences
 from support import EAGER_OR_NATIVE
 
 import dispatch_compile as dc
-from dispatch_compile import _capture
-from dispatch_compile._callee import full_name
+from dispatch_compile._compile import capture as _capture
 from dispatch_compile._specialize import guards, key
+from dispatch_compile._specialize.callee import full_name
 
 ASKED_FOR = os.environ.get("DISPATCH_COMPILE_EXAMPLES")
 EXAMPLES = int(ASKED_FOR or 2000)

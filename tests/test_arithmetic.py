@@ -16,14 +16,14 @@ from support import specializations
 from torch import Tensor
 
 import dispatch_compile as dc
-from dispatch_compile import _arithmetic
-from dispatch_compile import _eager_decompositions as eager
-from dispatch_compile._arithmetic import RULES, Treatment, treatment
-from dispatch_compile._bitwise import ROUNDS_IN_CPP
-from dispatch_compile.bench import sweep, sweep_values
-from dispatch_compile.bench.cases import CASES, Inputs, Sizes
-from dispatch_compile.bench.sweep_results import DEFAULT, faults_of
-from dispatch_compile.bench.ulps import Distance
+from benchmarks import sweep, sweep_values
+from benchmarks.cases import CASES, Inputs, Sizes
+from benchmarks.sweep_results import DEFAULT, faults_of
+from benchmarks.ulps import Distance
+from dispatch_compile._numerics import arithmetic as _arithmetic
+from dispatch_compile._numerics import decompositions as eager
+from dispatch_compile._numerics.arithmetic import RULES, Treatment, treatment
+from dispatch_compile._numerics.bitwise import ROUNDS_IN_CPP
 
 BF16, FP16, FP32 = DTYPES = torch.bfloat16, torch.float16, torch.float32
 
@@ -395,11 +395,11 @@ def test_minus_zero_is_left_to_aten_on_a_gpu(define_ir_op, monkeypatch):
 def test_every_rule_is_one_for_an_op_that_inductor_has_code_for():
     known = {op.overloadpacket for op in _arithmetic_ops()}
     assert set(RULES) <= known
-    assert treatment(torch.fx.GraphModule({}, torch.fx.Graph()), bitwise=False) == Treatment()
+    assert treatment(torch.fx.GraphModule({}, torch.fx.Graph()), False) == Treatment()
 
 
 def _arithmetic_ops() -> list[Any]:
-    from dispatch_compile._torch_private import inductors_ops
+    from dispatch_compile._torch.inductor import inductors_ops
 
     return inductors_ops()
 

@@ -19,15 +19,16 @@ from support import EAGER, specializations
 from torch import Tensor
 
 import dispatch_compile as dc
-from dispatch_compile import _origin, _saved_file
-from dispatch_compile._artifacts import Artifact, Artifacts, folder_from_environment, key_text, read, write
-from dispatch_compile._compilation import Code, Specialization
-from dispatch_compile._origin import CannotSave, origin_of
-from dispatch_compile._programs import ALIGNMENT, Program
-from dispatch_compile._saved_file import ArtifactError
+from dispatch_compile._compile.program import ALIGNMENT, Program
+from dispatch_compile._compile.specialization import Code, Specialization
+from dispatch_compile._saved import container as _saved_file
+from dispatch_compile._saved import origin as _origin
+from dispatch_compile._saved.artifacts import Artifact, Artifacts, folder_from_environment, key_text, read, write
+from dispatch_compile._saved.container import ArtifactError
+from dispatch_compile._saved.origin import CannotSave, origin_of
 from dispatch_compile._specialize.arguments import Arguments, Parameters, flatten
 from dispatch_compile._specialize.key import key_of
-from dispatch_compile._torch_private import TritonLaunch
+from dispatch_compile._torch.saved_code import TritonLaunch
 
 OP = dc.ops.silu_and_mul
 

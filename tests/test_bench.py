@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dispatch_compile.__main__ import main
-from dispatch_compile.bench import compile_time, peers, plot, proof, results, timing
-from dispatch_compile.bench.cases import CASES, Inputs, Sizes
-from dispatch_compile.bench.measure import run
-from dispatch_compile.bench.progress import Progress
-from dispatch_compile.bench.results import Settings
+from benchmarks import compile_time, peers, plot, proof, results, timing
+from benchmarks.__main__ import main
+from benchmarks.cases import CASES, Inputs, Sizes
+from benchmarks.measure import run
+from benchmarks.progress import Progress
+from benchmarks.results import Settings
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
-TINY = ("bench", "--device", "cpu", "--hidden", "512", "--no-compile-times")
+TINY = ("ops", "--device", "cpu", "--hidden", "512", "--no-compile-times")
 PEERS = {
     peers.EAGER,
     peers.TORCH_COMPILE,
@@ -79,7 +79,7 @@ def test_reading_gives_what_was_written(written):
 
 
 def test_tables(written, capsys):
-    assert main(["bench", "--from-json", str(written)]) == 0
+    assert main(["ops", "--from-json", str(written)]) == 0
     text = capsys.readouterr().out
     assert "rms_norm: time per call, µs\ntokens " in text
     assert "\nours / torch.compile in a mode  " in text
@@ -87,7 +87,7 @@ def test_tables(written, capsys):
 
 
 def test_markdown_of_a_part(written, capsys):
-    assert main(["bench", "--from-json", str(written), "--markdown", "--tokens", "4"]) == 0
+    assert main(["ops", "--from-json", str(written), "--markdown", "--tokens", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     [header, alignment, row] = (line for line in lines if line.startswith("|"))
     assert header.startswith("| op | tokens | eager | torch.compile in a mode |")
@@ -98,7 +98,7 @@ def test_markdown_of_a_part(written, capsys):
 @needs_matplotlib
 def test_plot(written, tmp_path):
     path = tmp_path / "results.png"
-    assert main(["bench", "--from-json", str(written), "--plot", str(path)]) == 0
+    assert main(["ops", "--from-json", str(written), "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -173,7 +173,7 @@ def test_a_peer_that_fails_is_reported_and_the_others_are_measured(monkeypatch, 
     monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr(timing, "CPU_BATCH_SECONDS", 0.0)
     monkeypatch.setattr(
-        "dispatch_compile.bench.measure.contenders",
+        "benchmarks.measure.contenders",
         lambda case, eager, device, with_vllm: [peers.Calling("eager", eager), peers.Calling("broken", fails)],
     )
     found = run(Settings("cpu", ("silu_and_mul",), (4,), 64, "bf16", 1, False), False, Progress())
@@ -196,7 +196,7 @@ def test_first_calls_are_timed():
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as exit_info:
-        main(["bench", *arguments])
+        main(["ops", *arguments])
     assert exit_info.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1].partition("error: ")[2]
 

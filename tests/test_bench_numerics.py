@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dispatch_compile.__main__ import main
-from dispatch_compile.bench import numerics
-from dispatch_compile.bench import numerics_results as results
-from dispatch_compile.bench.cases import CASES
-from dispatch_compile.bench.numerics_results import Results, Row
-from dispatch_compile.bench.peers import EAGER, Ours
-from dispatch_compile.bench.proof import Broken
-from dispatch_compile.bench.ulps import Distance
+from benchmarks import numerics
+from benchmarks import numerics_results as results
+from benchmarks.__main__ import main
+from benchmarks.cases import CASES
+from benchmarks.numerics_results import Results, Row
+from benchmarks.peers import EAGER, Ours
+from benchmarks.proof import Broken
+from benchmarks.ulps import Distance
 
 NONE, ONE, NAN = Distance(1000, 0, 0), Distance(1000, 4, 1), Distance(1000, 123, math.inf)
 DISTANCES = {"default": {"unit": ONE, "rough": NAN}, "bitwise": {"unit": NONE, "rough": NONE}}

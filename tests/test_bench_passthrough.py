@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dispatch_compile.__main__ import main
+from benchmarks import passthrough_results as results
+from benchmarks import proof, timing
+from benchmarks.__main__ import main
+from benchmarks.passthrough_calls import NO_MODE, PLAIN, Comparison, LookUpMode, PlainMode, comparisons
+from benchmarks.passthrough_results import Quartiles, Results, Row
+from benchmarks.peers import OURS, Peer
 from dispatch_compile._mode import current_mode
-from dispatch_compile.bench import passthrough_results as results
-from dispatch_compile.bench import proof, timing
-from dispatch_compile.bench.passthrough_calls import NO_MODE, PLAIN, Comparison, LookUpMode, PlainMode, comparisons
-from dispatch_compile.bench.passthrough_results import Quartiles, Results, Row
-from dispatch_compile.bench.peers import OURS, Peer
 from dispatch_compile.demo import ir_ops, moe
 
 NOT_CAUGHT, BODIES, ENTERING, CAUGHT = TITLES = (

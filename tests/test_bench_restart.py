@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dispatch_compile.__main__ import main
-from dispatch_compile.bench import restart
-from dispatch_compile.bench.restart import COLD, SCHEMA, WAY_LOADED, WAYS, Results
+from benchmarks import restart
+from benchmarks.__main__ import main
+from benchmarks.restart import COLD, SCHEMA, WAY_LOADED, WAYS, Results
 
 
 def test_a_cold_process_compiles_and_the_next_one_loads(tmp_path):

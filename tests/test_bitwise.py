@@ -19,11 +19,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import dispatch_compile as dc
-from dispatch_compile import _compilation
-from dispatch_compile._bitwise import ACCURATE_RECIPROCAL, ROUNDS_IN_CPP
-from dispatch_compile.bench import numerics_results
-from dispatch_compile.bench.cases import CASES, Case, Inputs, RoughInputs, Sizes, tensors
-from dispatch_compile.bench.ulps import Distance
+from benchmarks import numerics_results
+from benchmarks.cases import CASES, Case, Inputs, RoughInputs, Sizes, tensors
+from benchmarks.ulps import Distance
+from dispatch_compile._compile import compilation as _compilation
+from dispatch_compile._numerics.bitwise import ACCURATE_RECIPROCAL, ROUNDS_IN_CPP
 
 BITWISE = dc.CompileConfig(bitwise=True)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]

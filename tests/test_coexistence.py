@@ -356,7 +356,7 @@ def test_a_checkpoint_that_runs_its_forward_without_grad(name):
 
 def test_every_overload_that_ships_is_in_the_table():
     overloads = {
-        overload.name() for name in dc.ops.__all__ for overload in dc._registry.overloads(getattr(dc.ops, name))
+        overload.name() for name in dc.ops.__all__ for overload in dc._ir.registry.overloads(getattr(dc.ops, name))
     }
     assert {shipped.op.torch_op.name() for shipped in SHIPPED.values()} == overloads
 

@@ -58,7 +58,7 @@ def test_on_every_thread_also_those_that_start_later(counted):
 def test_warm_calls_take_the_short_cut(counted, monkeypatch):
     mode = dc.enable(config=EAGER)
     counted(X)
-    monkeypatch.setattr("dispatch_compile._intercept._intercept", None)
+    monkeypatch.setattr("dispatch_compile._call.kernel._intercept", None)
     counted(X)
     assert hits(mode) == 2
 
@@ -178,7 +178,7 @@ def test_arguments_that_make_no_sense():
         dc.enable(tracing=True)
     with pytest.raises(ValueError, match=r"Trace\(all_ops=True\) is for the thread that enters the mode"):
         dc.enable(trace=dc.Trace(all_ops=True))
-    assert dc._active.mode_everywhere() is None
+    assert dc._dispatch.active.mode_everywhere() is None
 
 
 def test_disabled_it_is_let_go_of(counted):

@@ -18,7 +18,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dispatch_compile as dc
-from dispatch_compile import _explain, _route
+from dispatch_compile._call import explain as _explain
+from dispatch_compile._call import route as _route
 
 
 @pytest.fixture

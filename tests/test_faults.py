@@ -25,7 +25,7 @@ from support import EAGER_OR_NATIVE, assert_same, guarded_entries, outcome
 from torch import Tensor
 
 import dispatch_compile as dc
-from dispatch_compile._postponed import may_pass
+from dispatch_compile._compile.failure import may_pass
 
 FOLDERS = "Inductor writes to the folders that the environment variables TORCHINDUCTOR_CACHE_DIR and TMPDIR name"
 

@@ -16,8 +16,8 @@ from support import EAGER, EAGER_OR_NATIVE, GatedBackend, assert_same, guarded_e
 from torch import Tensor, nn
 
 import dispatch_compile as dc
-from dispatch_compile._cache import Table
-from dispatch_compile._counters import OpCounters
+from dispatch_compile._cache.counters import OpCounters
+from dispatch_compile._cache.table import Table
 
 pytestmark = pytest.mark.usefixtures("fake_tensors_on_the_main_thread")
 

@@ -18,7 +18,8 @@ from locks import import_the_package, locks_in, locks_of_the_package
 from support import EAGER
 
 import dispatch_compile as dc
-from dispatch_compile import _cache, _fork
+from dispatch_compile._basics import fork as _fork
+from dispatch_compile._cache import cache as _cache
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dispatch_compile as dc
 from dispatch_compile import ops
-from dispatch_compile._bitwise import ROUNDS_IN_CPP
+from dispatch_compile._numerics.bitwise import ROUNDS_IN_CPP
 from dispatch_compile.testing import assert_expected_trace
 
 COMPOSITIONS = [name for name in ops.__all__ if "_quant_fp8_per" in name]

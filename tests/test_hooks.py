@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dispatch_compile import _hooks
-from dispatch_compile._torch_private import has_kernel
+from dispatch_compile._dispatch import hooks as _hooks
+from dispatch_compile._torch.dispatch import has_kernel
 
 
 def passing_on(overload):

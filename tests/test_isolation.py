@@ -18,7 +18,7 @@ from support import EAGER, assert_same, specializations
 from torch import Tensor
 
 import dispatch_compile as dc
-from dispatch_compile._torch_private import has_kernel
+from dispatch_compile._torch.dispatch import has_kernel
 
 X = torch.arange(12.0).reshape(4, 3)
 

@@ -64,7 +64,7 @@ def test_removed_reference_implementation_is_freed_with_its_code(mode, define_op
         return x * 2
 
     handle = dc.register_native(foreign, reference)
-    (native,) = [op for op in dc._registry.torch_ops() if op.torch_op is foreign]
+    (native,) = [op for op in dc._ir.registry.torch_ops() if op.torch_op is foreign]
     with mode:
         foreign(torch.randn(4, 3))
     impl = native.dispatch(torch.randn(4, 3))

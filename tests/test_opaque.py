@@ -9,7 +9,7 @@ import sys
 import torch
 from torch import Tensor
 
-from dispatch_compile import _opaque
+from dispatch_compile._dispatch import opaque as _opaque
 
 LIST_NAMESPACES = """
 import json, torch, torch._dynamo, torch._inductor.compile_fx

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import dispatch_compile as dc
-from dispatch_compile import _origin
-from dispatch_compile._origin import CannotSave, Origin, environment, now, origin_of
+from dispatch_compile._saved import origin as _origin
+from dispatch_compile._saved.origin import CannotSave, Origin, environment, now, origin_of
 
 ADDED = 1.0
 CONSTANTS = types.ModuleType("constants")

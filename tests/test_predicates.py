@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dispatch_compile._predicates import Unclear, reads_of
+from dispatch_compile._compile.predicates import Unclear, reads_of
 
 MODULE = types.ModuleType("settings")
 MODULE.limit = 16

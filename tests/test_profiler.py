@@ -81,7 +81,7 @@ def test_without_a_profiler_no_range_is_made(counted, monkeypatch):
 
     with dc.DispatchCompileMode(config=EAGER) as mode:
         counted(torch.ones(4, 3))
-        monkeypatch.setattr("dispatch_compile._route.in_profiler_range", fail)
+        monkeypatch.setattr("dispatch_compile._call.route.in_profiler_range", fail)
         counted(torch.ones(4, 3))
         counted(torch.ones(1, 3))
     assert mode.cache.stats().hits == 3

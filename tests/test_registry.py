@@ -8,7 +8,7 @@ from support import EAGER, assert_same
 from torch import Tensor
 
 import dispatch_compile as dc
-from dispatch_compile import _registry
+from dispatch_compile._ir import registry as _registry
 
 
 def twice(x: Tensor, bias: float = 0.0) -> Tensor:

@@ -13,7 +13,7 @@ from support import EAGER
 from torch import Tensor
 
 import dispatch_compile as dc
-from dispatch_compile import _hooks
+from dispatch_compile._dispatch import hooks as _hooks
 
 
 def test_every_one_is_caught_whenever_the_library_of_the_last_one_is_freed():

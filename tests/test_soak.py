@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dispatch_compile.__main__ import main
-from dispatch_compile.bench import soak_results
-from dispatch_compile.bench.soak_calls import activities
-from dispatch_compile.bench.soak_results import Memory, Results
+from benchmarks import soak_results
+from benchmarks.__main__ import main
+from benchmarks.soak_calls import activities
+from benchmarks.soak_results import Memory, Results
 
 
 @pytest.fixture(autouse=True)

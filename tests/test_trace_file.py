@@ -19,8 +19,8 @@ from support import EAGER_OR_NATIVE
 from torch import Tensor
 
 import dispatch_compile as dc
-from dispatch_compile._summary import TensorSummary
-from dispatch_compile._trace_file import VERSION
+from dispatch_compile._basics.summary import TensorSummary
+from dispatch_compile._trace.files import VERSION
 
 PAGE = Path(__file__).parent.parent / "docs" / "trace_format.md"
 

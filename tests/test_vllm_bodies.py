@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dispatch_compile.__main__ import main
-from dispatch_compile.bench.progress import Progress
-from dispatch_compile.bench.proof import Broken
-from dispatch_compile.bench.results import BadResults, Times
-from dispatch_compile.bench.vllm_bodies import report, results
-from dispatch_compile.bench.vllm_bodies.results import (
+from benchmarks.__main__ import main
+from benchmarks.progress import Progress
+from benchmarks.proof import Broken
+from benchmarks.results import BadResults, Times
+from benchmarks.vllm_bodies import report, results
+from benchmarks.vllm_bodies.results import (
     BODIES,
     EAGER,
     GRAPH,
@@ -31,8 +31,8 @@ from dispatch_compile.bench.vllm_bodies.results import (
     Sizes,
     VariantResult,
 )
-from dispatch_compile.bench.vllm_bodies.run import run
-from dispatch_compile.bench.vllm_bodies.worker import LARGEST_DIFFERENCE, Worker
+from benchmarks.vllm_bodies.run import run
+from benchmarks.vllm_bodies.worker import LARGEST_DIFFERENCE, Worker
 
 has_vllm = importlib.util.find_spec("vllm") is not None
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
@@ -114,7 +114,7 @@ def eager_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.vllm
 def test_a_variant_that_runs_eagerly_is_found_out(eager_worker: Worker, tmp_path: Path) -> None:
-    from dispatch_compile.bench.vllm_bodies.variants import Today
+    from benchmarks.vllm_bodies.variants import Today
 
     eager_worker._variant.never_eager = Today.never_eager
     with pytest.raises(Broken, match="small ops ran eagerly: aten::clamp, aten::silu"):
@@ -253,7 +253,7 @@ def test_without_vllm(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.vllm
 def test_every_body_has_a_name() -> None:
     pytest.importorskip("vllm_support")
-    from dispatch_compile.bench.vllm_bodies import bodies, variants
+    from benchmarks.vllm_bodies import bodies, variants
 
     assert tuple(bodies.BODIES) == BODIES
     assert tuple(variants.VARIANT_CLASSES) == VARIANTS

@@ -114,7 +114,7 @@ def test_an_out_of_tree_implementation_is_compiled_if_it_is_listed(out_of_tree, 
 
 
 def test_every_op_of_the_registry_is_caught_in_every_overload():
-    from dispatch_compile import _registry
+    from dispatch_compile._ir import registry as _registry
 
     mode = dc.DispatchCompileMode()
     with mode:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .._torch_private import OpOverload
+from .._torch.dispatch import OpOverload
 
 # What is baked into code by its value, or, as functions and types, by its identity.
 CONSTANTS = (

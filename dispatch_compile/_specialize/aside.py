@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .._torch_private import (
+from .._torch.dispatch import (
+    disabled_torch_function,
     dispatch_modes_active,
     dual_level,
     function_modes_active,
@@ -61,7 +62,7 @@ def why_function_aside(arguments: Arguments) -> str | None:
 def why_own_kind(tensor: torch.Tensor) -> str | None:
     """Why the tensor's class, and not torch, decides what an op does with it; None if torch decides."""
     kind = type(tensor)
-    overridden = kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+    overridden = kind.__torch_function__ is not disabled_torch_function
     if kind is not torch.Tensor and (overridden or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__):
         return f"is a {kind.__name__}"
     return None

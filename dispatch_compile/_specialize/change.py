@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .._torch_private import global_state
+from .._torch.dispatch import global_state
 from .arguments import Arguments, Leaf, strides
 from .key import leaf_key
 

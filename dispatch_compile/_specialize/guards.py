@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .._torch_private import GlobalStateGuard, TensorGuards, function_modes_active, inexact_matmul_precision
+from .._torch.dispatch import GlobalStateGuard, TensorGuards, function_modes_active, inexact_matmul_precision
 from .arguments import ABSENT, Arguments, Group, Leaf, Node, sizes, strides
 
 MISS = object()

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 
 import torch
 
-from .._torch_private import global_state
+from .._torch.dispatch import global_state
 from .arguments import Arguments, Group, Leaf, Node, sizes, strides
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dispatch_compile import ops
-from dispatch_compile.ops.quantization import FP8
+from .. import ops
+from ..ops.quantization import FP8
 
 OWN = "dispatch_compile"
 VLLM = "vllm"

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dispatch_compile.ops import concat_quant_fp8
-
+from ..ops import concat_quant_fp8
 from .ir_ops import ir_ops
 from .workload import NAMESPACE, Setup, Workload, generator, register_opaque_op
 

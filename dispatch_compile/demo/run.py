@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from dispatch_compile import DispatchCompileMode, NativeCache, Trace
-
+from .. import DispatchCompileMode, NativeCache, Trace
 from . import mla, moe
 from .workload import Setup, Workload
 

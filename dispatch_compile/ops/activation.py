@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812 - the name that everybody gives it
 from torch import Tensor
 
-from .._ir import register_op
+from .._ir.embedded import register_op
 
 
 @register_op

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._ir import register_op
+from .._ir.embedded import register_op
 from .activation import silu_and_mul
 from .layernorm import fused_add_rms_norm, rms_norm
 from .quantization import quant_fp8_per_group, quant_fp8_per_token

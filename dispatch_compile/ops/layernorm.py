@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ir import register_op
+from .._ir.embedded import register_op
 
 
 @register_op

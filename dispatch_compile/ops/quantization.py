@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ir import register_op
+from .._ir.embedded import register_op
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max

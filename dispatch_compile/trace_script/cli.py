@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .._config import CompileConfig
-from .._trace import Trace
+from .._compile.config import CompileConfig
+from .._trace.trace import Trace
 from .late_ops import EarlyMode, entered_early
 from .script import Script, own_call_site, own_traceback
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch.library import Library
 
+from .._call.route import Route
+from .._dispatch.opaque import TORCH_NAMESPACES
 from .._mode import DispatchCompileMode, current_mode
-from .._opaque import TORCH_NAMESPACES
-from .._route import Route
 
 
 class EarlyMode(DispatchCompileMode):

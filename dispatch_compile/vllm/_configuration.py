@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._torch_private import OpOverload, OpOverloadPacket
+from .._torch.dispatch import OpOverload, OpOverloadPacket
 
 # nn.Module's bookkeeping, and the method that vLLM chose: forward_native depends on neither.
 _NOT_CONFIGURATION = {*vars(nn.Module()), "_forward_method"} - {"training"}

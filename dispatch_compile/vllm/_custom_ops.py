@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._active import active_modes
-from .._config import not_in_providers
-from .._fork import freed_in_children
-from .._intercept import route_of
-from .._ir import NATIVE
+from .._basics.fork import freed_in_children
+from .._call.kernel import route_of
+from .._compile.config import not_in_providers
+from .._dispatch.active import active_modes
+from .._ir.protocol import NATIVE
 from ._configuration import NotAnOp
 from ._forward_op import ForwardOp, forward_op
 from ._required import required

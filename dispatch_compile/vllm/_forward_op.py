@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from torch.library import Library
 
-from .. import _registry
-from .._fork import freed_in_children
-from .._ir import NATIVE, _weakly
-from .._registry import NativeOp
-from .._torch_private import OpOverload
+from .._basics.fork import freed_in_children
+from .._ir import registry
+from .._ir.embedded import _weakly
+from .._ir.protocol import NATIVE
+from .._ir.references import NativeOp
+from .._torch.dispatch import OpOverload
 from ._configuration import configuration_of, identity_of
 from ._native import Native, activations_of
 from ._results import Results
@@ -74,7 +75,7 @@ def forward_ops() -> Iterable[ForwardOp]:
     return [op for reference in _ops.valuerefs() if (op := reference()) is not None]
 
 
-_registry.add_source(forward_ops)
+registry.add_source(forward_ops)
 
 
 def forward_op(
@@ -100,7 +101,7 @@ def forward_op(
         op = _ops.get(key)
         if op is None:
             op = _ops[key] = ForwardOp(_new_name(instance), native, results, activations)
-            _registry.changed()
+            registry.changed()
     return op
 
 

@@ -6,7 +6,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from .._ir import Op
+from .._ir.protocol import Op
 from ._required import missing, required
 
 _PURPOSE = "run vLLM's IR ops compiled"

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.library import infer_schema
 
-from .._capture import first_line
+from .._basics.errors import first_line
 from .._specialize.arguments import Parameters, flatten
-from .._torch_private import new_fake_mode, without_modes
+from .._torch.capture import new_fake_mode
+from .._torch.dispatch import without_modes
 from ._configuration import NotAnOp
 from ._results import Results
 

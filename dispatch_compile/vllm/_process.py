@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from .. import _enable as process
-from .._active import mode_everywhere
-from .._config import CompileConfig
+from .._compile.config import CompileConfig
+from .._dispatch.active import mode_everywhere
 from .._mode import DispatchCompileMode
 from ._custom_ops import catch_custom_ops
 from ._required import missing, required

@@ -6,7 +6,7 @@ import functools
 import logging
 from types import ModuleType
 
-from .._errors import warn
+from .._basics.errors import warn
 from ._required import required
 
 log = logging.getLogger("dispatch_compile")

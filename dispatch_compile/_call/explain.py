@@ -1,0 +1,388 @@
+"""What a mode would do with a call, told without doing it.
+
+The call is made, but only as far as the place where calls are caught. So the dispatcher has read the arguments, and the
+thread's state is that of a call. There the call is explained in place of being run, and an exception ends it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from textwrap import TextWrapper
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from torch import fx
+
+from .._basics.fork import compiling
+from .._basics.summary import summary_of, text_of
+from .._cache import background
+from .._cache.making import FROZEN, IN_BACKGROUND, Made, Maker, without_compiler
+from .._cache.table import Table
+from .._compile.capture import Captured, capture
+from .._compile.compilation import foresee
+from .._compile.config import BACKGROUND, COMPILE, RAISE, not_in_providers
+from .._compile.failure import CannotCompile, CannotCompileNow
+from .._compile.specialization import Specialization
+from .._dispatch.active import EVERY_OP, enter, suspended
+from .._ir import registry
+from .._ir.protocol import KERNEL, Impl, Op, eager_provider, overloads
+from .._saved.origin import Origin
+from .._specialize.arguments import Arguments, flatten
+from .._specialize.aside import why_aside, why_function_aside, why_own_kind
+from .._specialize.callee import full_name
+from .._specialize.difference import argument_components, in_names, state_components
+from .._specialize.key import key_of
+from .._specialize.stand_ins import Relearn
+from .._torch.dispatch import OpOverload, decomposes, without_modes, without_version_counting
+from .._torch.inductor import NoCompiler
+from .._trace.event import COMPILED, EAGER, PASSED
+from .route import IN_CUDA_GRAPH, Route, captures_cuda_graph
+
+if TYPE_CHECKING:
+    from .._mode import DispatchCompileMode
+    from .._native import Native
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a mode would do with a call of an IR op, and why; ``str()`` of it is what a person reads.
+
+    What follows ``new`` is empty or None where it would not run compiled; the code is None before it is compiled.
+
+    Attributes:
+        op: ``"ns::name.overload"``.
+        inputs: the arguments as the op would get them, as in a trace: ``t: bf16[8, 2048], 1e-06``.
+        provider: whose implementation would run: what the op's dispatch chooses, or ``"kernel"`` for the own
+            kernel of an op of another library, as in :class:`TraceEvent`.
+        priority: the providers that dispatch tries, in this order; empty when no priority is set.
+        skipped: why not, by provider, of those before the chosen one and those that this machine does not support.
+        action: ``"compiled"``, ``"eager"`` or ``"passed"``, as in :class:`TraceEvent`.
+        reason: why it would not run compiled; None if it would.
+        raises: whether the call would raise :class:`CompileError` with the reason.
+        specialization: sizes of the tensor arguments of the compiled code, ``[s0, 2048], [2048]``.
+        new: whether the call would have to make the specialization: it would be compiled first.
+        loaded: whether it would load the specialization, which was saved.
+        difference: in what a new specialization differs from the nearest that there is; None if it is the first.
+        fuses: the IR ops called inside whose implementations are part of the graph.
+        not_fused: why not, by op, of the other IR ops called inside.
+        arguments: what of the arguments is baked in, by name: ``{"x": "bf16", "x's shape": "[s0, 2048]", ...}``.
+        state: what of torch's state is baked in, by name: ``{"grad mode": "on", ...}``.
+        size_guard: what must hold of the dynamic sizes, ``2 <= x.size(0)``; None if nothing. Compiling may add to it.
+        guard: Python source of the check that lets later calls run the code at once: for arguments ``a0``, ``a1``, ...
+        graph: the ATen graph that is compiled, as Python source.
+        generated_code: the text of Inductor's code.
+        generated_code_path: the file that Inductor wrote it to.
+    """
+
+    op: str
+    inputs: str
+    provider: str
+    priority: tuple[str, ...]
+    skipped: Mapping[str, str]
+    action: str = PASSED
+    reason: str | None = None
+    raises: bool = False
+    specialization: str | None = None
+    new: bool = False
+    loaded: bool = False
+    difference: str | None = None
+    fuses: tuple[str, ...] = ()
+    not_fused: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    state: Mapping[str, str] = field(default_factory=dict)
+    size_guard: str | None = None
+    guard: str | None = None
+    graph: str | None = None
+    generated_code: str | None = None
+    generated_code_path: str | None = None
+
+    def text(self, *, code: bool = False) -> str:
+        """The explanation for people; ``code``: with the text of the generated code."""
+        return "\n".join(self._lines(code))
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def _lines(self, code: bool) -> Iterator[str]:
+        yield f"{self.op.removesuffix('.default')}({self.inputs})"
+        yield f"would {self._decision()}"
+        yield f"implementation: {self.provider}, {self._why_chosen()}"
+        yield from (f"  not {provider}: {why}" for provider, why in self.skipped.items())
+        if self.action != COMPILED:
+            return
+        yield f"specialization: {self.specialization}{f'; {self.difference}' if self.difference else ''}"
+        yield from (f"  {line}" for line in self._baked_in())
+        yield f"  sizes: {self.size_guard or 'any'}"
+        if self.fuses:
+            yield f"fuses: {', '.join(self.fuses)}"
+        yield from (f"does not fuse {op}: {why}" for op, why in self.not_fused.items())
+        yield from _section("guard", self.guard)
+        yield from _section("graph", self.graph)
+        yield f"generated code: {self._code_place()}"
+        if code and self.generated_code is not None:
+            yield self.generated_code
+
+    def _decision(self) -> str:
+        if self.action == COMPILED:
+            if self.new:
+                return "be compiled first, then run compiled"
+            return f"run compiled; the code is {'saved, and loaded first' if self.loaded else 'there'}"
+        if self.raises:
+            return f"raise CompileError: {self.reason}"
+        return f"{'run eagerly' if self.action == EAGER else 'pass as without the mode'}: {self.reason}"
+
+    def _why_chosen(self) -> str:
+        if self.provider == KERNEL and not self.priority:
+            return "the op's own"
+        if not self.priority:
+            return "since no priority is set"
+        tried = f"in the priority [{', '.join(self.priority)}]"
+        if self.provider not in self.priority:
+            return f"since none {tried} supports the arguments"
+        return f"the first {tried} that supports the arguments"
+
+    def _baked_in(self) -> Iterator[str]:
+        """The key, a line for each argument."""
+        lines: dict[str, str] = {}
+        for name, text in self.arguments.items():
+            argument, _, aspect = name.partition("'s ")
+            lines[argument] = f"{lines[argument]}, {aspect} {text}" if aspect else f"{argument}: {text}"
+        yield from lines.values()
+        told = ", ".join(f"{name} {self.state[name]}" for name in ("inference mode", "grad mode"))
+        yield f"{told}, and the rest of torch's global state"
+
+    def _code_place(self) -> str:
+        if self.new:
+            return "none before it is compiled"
+        return self.generated_code_path or "none"
+
+
+def _section(title: str, source: str | None) -> Iterator[str]:
+    if source is not None:
+        yield f"{title}:"
+        yield from (wrapped for line in source.splitlines() for wrapped in _CODE.wrap(line))
+
+
+_CODE = TextWrapper(
+    width=120, initial_indent="  ", subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
+)
+
+
+def explanation_of(
+    mode: DispatchCompileMode, overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Explanation:
+    """What a mode, which knows of the latest ops, would do with a call made now on this thread.
+
+    Raises:
+        ValueError: ``overload`` is no IR op's.
+        Exception: whatever the dispatcher raises on malformed arguments, or the op's own dispatch.
+    """
+    route = mode.routes.get(overload.name())
+    op = _op_of(overload) if route is None else route.op()
+    if op is None:
+        raise ValueError(
+            f"explain: {overload} is no IR op; give it a reference implementation with dispatch_compile.register_native"
+        )
+    reason = "the mode's ops= leaves it out" if route is None else _why_not_caught(overload, route, args, kwargs)
+    if route is not None and reason is None:
+        explaining = _ExplainingRoute(op, route.callee, route.config, route.cache, route.orders)
+        explanation = _explained_where_caught(mode, explaining, overload, args, kwargs)
+        if explanation is not None:
+            return explanation
+        reason = "a kernel of its own deals with it before it gets to where calls are caught"
+    return _passed(op, op.dispatch(*args, **kwargs), full_name(overload), args, kwargs, reason)
+
+
+def explanation_of_function(
+    mode: DispatchCompileMode, native: Native, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Explanation:
+    """What a mode would do with a call of a function made now on this thread.
+
+    Raises:
+        TypeError: the function does not take these arguments.
+    """
+    native.signature.bind(*args, **kwargs)
+    route = mode.route_of(native)
+    if route is None:
+        reason = "the mode's ops= leaves it out"
+        return _passed(native, native.impl, native.name, args, kwargs, reason)
+    explaining = _ExplainingRoute(native, native.callee, route.config, route.cache, route.orders)
+    with suspended():
+        return explaining.explained(native, (*native.outside(), *args), kwargs)
+
+
+def _explained_where_caught(
+    mode: DispatchCompileMode,
+    explaining: _ExplainingRoute,
+    overload: OpOverload,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Explanation | None:
+    on_stack = mode.on_torchs_stack() if mode.interception == EVERY_OP else nullcontext()
+    try:
+        with suspended(), without_modes(), on_stack, without_version_counting():
+            enter(cast("DispatchCompileMode", _StandIn({overload.name(): explaining})))
+            overload(*args, **kwargs)
+    except _Explained:
+        pass
+    return explaining.explanation
+
+
+def _op_of(overload: OpOverload) -> Op | None:
+    for op in registry.known_ops():
+        if any(known.name() == overload.name() for known in overloads(op)):
+            return op
+    return None
+
+
+def _why_not_caught(overload: OpOverload, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Why the call would run something else than the op before it could be caught; None if it would not."""
+    if decomposes(overload):
+        return "it decomposes before it gets to where calls are caught"
+    known = args[: len(route.callee.parameters.names)]  # of more, the dispatcher complains
+    for leaf in flatten(route.callee.parameters, known, kwargs).tensors:
+        why = why_own_kind(leaf.value)
+        if why is not None:
+            return f"{leaf.name} {why}"
+    return None
+
+
+class _Explained(BaseException):
+    """Ends the call. No Exception, lest code on the way takes it for a failure that it can deal with."""
+
+
+@dataclass
+class _StandIn:
+    """As much of a mode as is looked at while the call is on its way."""
+
+    routes: dict[str, Route]
+    trace: None = None
+
+
+class _ExplainingRoute(Route):
+    """Explains the call that it is to run, and ends it."""
+
+    explanation: Explanation | None = None
+
+    def run(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: object) -> NoReturn:
+        op = self.op()
+        assert op is not None, "explanation_of() holds it"
+        with suspended():
+            self.explanation = self.explained(op, args, kwargs)
+        raise _Explained
+
+    def explained(self, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Explanation:
+        impl = op.dispatch(*args, **kwargs)
+        callee = self.callee
+        passed = _passed(op, impl, callee.full_name, args[callee.parameters.hidden :], kwargs, None)
+        if impl.provider not in self.config.providers:
+            return replace(passed, reason=not_in_providers(impl.provider, self.config))
+        table = self.cache.existing_table(impl, self.config) or Table()
+        learned, why_new = table.learned, None
+        while True:
+            arguments = flatten(callee.parameters, args, kwargs, learned)
+            reason = (why_function_aside(arguments) if callee.is_function else None) or why_aside(arguments)
+            if reason is not None:
+                return replace(passed, reason=reason)
+            try:
+                if table.find(key_of(arguments), arguments) is None and not self.makes_nothing:
+                    self._learn_what_changes(table, arguments, learned)
+                return self._not_passed(passed, impl, table, arguments, why_new)
+            except Relearn as again:
+                learned, why_new = learned | again.more, again.why or why_new
+
+    def _not_passed(
+        self, passed: Explanation, impl: Impl, table: Table, arguments: Arguments, why_new: str | None
+    ) -> Explanation:
+        """The explanation of a call that the mode does not let pass."""
+        native = replace(passed, action=EAGER)
+        key = key_of(arguments)
+        known = table.find(key, arguments)
+        shared = None if known is None else known.why_aside(arguments)
+        if shared is not None:
+            return replace(passed, reason=shared)
+        if known is None and self.makes_nothing:
+            return replace(native, reason=FROZEN, raises=self.config.on_new == RAISE)
+        if known is None and captures_cuda_graph(arguments):
+            return replace(native, reason=IN_CUDA_GRAPH)
+        config = replace(self.config, on_new=COMPILE)
+        foreseer = _Foreseer(self.callee, config, self.counters, self.cache.artifacts, self.orders)
+        failed = background.failure(table, key)
+        made = known or failed or foreseer.make(impl, table, key, arguments, None)
+        if isinstance(made, str):
+            return replace(native, reason=made)
+        loaded = isinstance(made, Specialization) and isinstance(made.origin, Origin) and known is None
+        new = known is None and not loaded
+        has_failed = failed is not None or isinstance(made, CannotCompileNow)
+        if new and not has_failed and self.config.on_new == BACKGROUND:
+            return replace(native, reason=IN_BACKGROUND)
+        if isinstance(made, CannotCompile):
+            return replace(native, reason=str(made), raises=self.config.on_failure == "raise")
+        if made.code is None:
+            return replace(native, reason=made.failure, raises=made.fatal)
+        return replace(
+            passed,
+            action=COMPILED,
+            provider=impl.provider,
+            specialization=made.code.symbolic_shapes,
+            new=new,
+            loaded=loaded,
+            difference=(why_new or table.difference(made)) if new else None,
+            fuses=tuple(made.code.composition.fused),
+            not_fused=made.code.composition.left,
+            arguments=argument_components(arguments),
+            state=state_components(),
+            size_guard=made.guard,
+            guard=made.guarded_call(arguments, of_function=self.callee.is_function).__doc__,
+            graph=_graph_in_names(capture(impl, self.callee.parameters, arguments, self.config)),
+            generated_code=made.code.source,
+            generated_code_path=made.code.path,
+        )
+
+
+class _Foreseer(Maker):
+    """Tells what it would load or make, and makes nothing."""
+
+    def load(
+        self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: object
+    ) -> Specialization | None:
+        return self.saved(impl, key, arguments)
+
+    def make_now(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: object) -> Made:
+        try:
+            with compiling():
+                return foresee(self.callee.name, impl, self.callee.parameters, arguments, self.config)
+        except CannotCompile as error:
+            return error
+        except NoCompiler as error:
+            return without_compiler(self.callee.name, error)
+
+
+def _passed(
+    op: Op, impl: Impl, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str | None
+) -> Explanation:
+    """The explanation of a call that passes."""
+    inputs = [text_of(summary_of(value)) for value in args]
+    inputs += [f"{name}={text_of(summary_of(value))}" for name, value in kwargs.items()]
+    # An op of another library with a reference implementation has that one alone, and no priority.
+    priority = tuple(getattr(op, "get_priority", list)())
+    impls: Mapping[str, Any] = getattr(op, "impls", {})
+    before = priority[: priority.index(impl.provider)] if impl.provider in priority else priority
+    skipped = dict.fromkeys(before, "its supports_args says no")
+    if priority:
+        skipped.update({name: "not supported on this machine" for name, other in impls.items() if not other.supported})
+    return Explanation(name, ", ".join(inputs), eager_provider(op, impl), priority, skipped, reason=reason)
+
+
+def _graph_in_names(captured: Captured) -> str:
+    """The graph as source, its inputs with the parameters' names: ``x_size_0, x, weight`` for ``x.size(0)``, ..."""
+    sources = [in_names(source, captured.arguments) or source for source in captured.input_sources]
+    names = (re.sub(r"\W+", "_", source).strip("_") for source in sources)
+    graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in captured.graph.graph.nodes:
+        is_input = node.op == "placeholder"
+        nodes[node] = graph.placeholder(next(names)) if is_input else graph.node_copy(node, nodes.__getitem__)
+    code = str(fx.GraphModule(captured.graph, graph).code).strip()
+    return re.sub(r";  [\w =]+ = None$", "", code, flags=re.MULTILINE)  # where each value is last used

@@ -1,0 +1,201 @@
+"""What the user decides about compilation: one frozen, hashable value."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from .._basics.checks import checked_names
+from .._ir.registry import known_ops
+from .._torch.inductor import inductor_option_type, inductor_options, known_backends
+
+ON_FAILURE = ("native", "raise")
+NO_EVICTION, LRU = "none", "lru"
+COMPILE, BACKGROUND, NATIVE, RAISE = ON_NEW = ("compile", "background", "native", "raise")
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class CompileConfig:
+    """How implementations are compiled; part of the key under which compiled code is cached.
+
+    ``on_new``, ``max_specializations`` and ``eviction`` change nothing about the code. Configurations that differ
+    in these alone are equal, and share code in a cache.
+
+    Args:
+        backend: ``"inductor"``, the name of another registered ``torch.compile`` backend, or a callable
+            ``(graph_module, example_inputs) -> callable``.
+        options: Inductor options (see ``torch._inductor.list_options()``), as one would give them to
+            ``torch.compile(options=...)``. Only for ``backend="inductor"``.
+        bitwise: whether results are to have the bits of the eager ones. Inductor then fuses only what IEEE 754 defines
+            to the last bit, rounds where eager does, and calls ATen's kernels for the rest: sums, exp, tanh and their
+            like. ``docs/numerics.md`` says what that costs, and what remains. Only for ``backend="inductor"``;
+            ``options`` come on top.
+        providers: providers whose implementations may be compiled. A call for which the op's priority
+            chooses any other provider passes untouched.
+        on_failure: what to do with an implementation that cannot be captured or compiled: run it ``"native"`` (warned
+            about once with the reason, counted, traced), or ``"raise"`` a :class:`CompileError`. It is not tried again,
+            unless the failure may pass (an ``OSError`` as of a full disk, or a lack of memory): then calls go on like
+            this for 5 seconds before one tries again, and for twice as long after each further failure.
+        on_new: what to do with a call that needs new code:
+
+            - ``"compile"`` it, or load it if it was saved, while the call waits;
+            - in the ``"background"``: such calls run natively while a thread of its own compiles, for tensors of zeros;
+              they take the memory of the call's arguments for so long. What fails there is raised or warned of by the
+              next call that needs it. Before a CUDA graph is captured, wait with :meth:`NativeCache.wait`: compiling
+              meanwhile, also on another thread, would break the capture;
+            - ``"native"``: run it so, as in a mode that is frozen from the start (:meth:`DispatchCompileMode.freeze`);
+            - ``"raise"`` a :class:`CompileError` that says what to warm up.
+
+            :meth:`DispatchCompileMode.warmup` compiles whatever this is.
+        max_specializations: how many specializations there may be of one implementation, under one configuration, in
+            one cache. A call that would need one more runs natively; the first such call warns of what keeps changing.
+        eviction: ``"lru"`` to drop the least recently used specialization instead; ``"none"`` to keep them all. Calls
+            leave no mark, so which one that is, is only roughly known.
+
+    Raises:
+        ValueError: an unknown option, backend, ``on_failure``, ``on_new`` or ``eviction``; no provider, or one that
+            looks misspelt; options or ``bitwise`` for another backend; a ``max_specializations`` below 1.
+        TypeError: an argument of the wrong type.
+    """
+
+    backend: str | Callable[..., Any]
+    options: Mapping[str, Any]
+    bitwise: bool
+    providers: tuple[str, ...]
+    on_failure: str
+    on_new: str
+    max_specializations: int
+    eviction: str
+    _identity: tuple[Any, ...] = field(init=False, repr=False)
+
+    def __init__(
+        self,
+        *,
+        backend: str | Callable[..., Any] = "inductor",
+        options: Mapping[str, Any] | None = None,
+        bitwise: bool = False,
+        providers: Iterable[str] = ("native",),
+        on_failure: str = "native",
+        on_new: str = COMPILE,
+        max_specializations: int = 256,
+        eviction: str = NO_EVICTION,
+    ) -> None:
+        if on_failure not in ON_FAILURE:
+            raise ValueError(f"CompileConfig: on_failure must be one of {ON_FAILURE}, not {on_failure!r}")
+        if on_new not in ON_NEW:
+            raise ValueError(f"CompileConfig: on_new must be one of {ON_NEW}, not {on_new!r}")
+        if not isinstance(bitwise, bool):
+            raise TypeError(f"CompileConfig: bitwise must be True or False, not {bitwise!r}")
+        if not isinstance(max_specializations, int) or isinstance(max_specializations, bool):
+            raise TypeError(f"CompileConfig: max_specializations must be a number, not {max_specializations!r}")
+        if max_specializations < 1:
+            raise ValueError(f"CompileConfig: max_specializations must be 1 or more, not {max_specializations}")
+        if eviction not in (NO_EVICTION, LRU):
+            raise ValueError(f"CompileConfig: eviction must be one of {(NO_EVICTION, LRU)}, not {eviction!r}")
+        set_field = object.__setattr__  # the class is frozen
+        set_field(self, "backend", _checked_backend(backend))
+        set_field(self, "options", MappingProxyType(_checked_options(options, backend)))
+        if bitwise and backend != "inductor":
+            raise ValueError(f"CompileConfig: bitwise is for Inductor, but the backend is {backend!r}")
+        set_field(self, "bitwise", bitwise)
+        set_field(self, "providers", _checked_providers(providers))
+        set_field(self, "on_failure", on_failure)
+        set_field(self, "on_new", on_new)
+        set_field(self, "max_specializations", max_specializations)
+        set_field(self, "eviction", eviction)
+        set_field(self, "_identity", (backend, _frozen(self.options), bitwise, self.providers, on_failure))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CompileConfig):
+            return NotImplemented
+        return bool(self._identity == other._identity)
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+
+def not_in_providers(provider: str, config: CompileConfig) -> str:
+    """Why a call of an implementation by this provider is not compiled."""
+    return f"provider {provider!r} is not in providers {config.providers}"
+
+
+def _checked_providers(providers: Iterable[str]) -> tuple[str, ...]:
+    names = checked_names("CompileConfig", "providers", providers)
+    if not names:
+        raise ValueError("CompileConfig: providers must name one or more, or nothing would ever be compiled")
+    known = {provider for op in known_ops() for provider in getattr(op, "impls", ())} | {"native"}
+    for name in names:
+        suggestion = "" if name in known else _suggestion(name, known)
+        if suggestion:  # what is like none of them may be registered later
+            raise ValueError(f"CompileConfig: no op has a provider {name!r}{suggestion}")
+    return names
+
+
+def _checked_backend(backend: str | Callable[..., Any]) -> str | Callable[..., Any]:
+    if callable(backend) or backend == "inductor":
+        return backend
+    if not isinstance(backend, str):
+        raise TypeError(f"CompileConfig: backend must be a name or a callable, not {backend!r}")
+    known = known_backends()
+    if backend not in known:
+        raise ValueError(f"CompileConfig: unknown backend {backend!r}{_suggestion(backend, known)}")
+    return backend
+
+
+def _checked_options(options: Mapping[str, Any] | None, backend: str | Callable[..., Any]) -> dict[str, Any]:
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"CompileConfig: options must be a mapping, not {type(options).__name__}")
+    if not options:
+        return {}
+    if backend != "inductor":
+        raise ValueError(f"CompileConfig: options are Inductor's, but the backend is {backend!r}")
+    known = inductor_options()
+    checked = {}
+    for given, value in options.items():
+        if not isinstance(given, str):
+            raise TypeError(f"CompileConfig: the names of options must be strings, not {given!r}")
+        name = given.replace("-", "_")
+        if name not in known:
+            raise ValueError(f"CompileConfig: Inductor has no option {given!r}{_suggestion(name, known)}")
+        declared = inductor_option_type(name)
+        if not _fits(value, declared):
+            text = declared.__name__ if isinstance(declared, type) else declared
+            raise TypeError(f"CompileConfig: Inductor's option {given!r} must be {text}, not {value!r}")
+        checked[name] = value
+    return checked
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    """Whether a value is of a declared type, as far as scalars and containers go; True for any other type."""
+    origin = get_origin(declared)
+    if origin in (Union, UnionType):
+        return any(value is None if kind is NoneType else _fits(value, kind) for kind in get_args(declared))
+    kind = origin or declared
+    if kind is float:
+        return type(value) in (float, int)
+    if kind in (bool, int, str):
+        return type(value) is kind
+    if kind in (list, tuple):
+        return isinstance(value, (list, tuple))
+    return kind is not dict or isinstance(value, dict)
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _frozen(value: Any) -> Any:
+    """``value`` as something hashable that keeps apart what Inductor tells apart (``True`` from ``1``)."""
+    if isinstance(value, Mapping):
+        return frozenset((key, _frozen(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(_frozen(item) for item in value))
+    if isinstance(value, (set, frozenset)):
+        return (type(value), frozenset(_frozen(item) for item in value))
+    return (type(value), value)
