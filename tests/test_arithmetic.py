@@ -283,8 +283,10 @@ def test_ops_that_ship_are_compiled_as_without_rules(name, dtype, device, monkey
     mode = dc.DispatchCompileMode(config=dc.CompileConfig(on_failure="raise"))
     seen: list[Treatment] = []
     treated = _arithmetic.treatment
-    monkeypatch.setattr("dispatch_compile._compilation.treatment", lambda *a: seen.append(treated(*a)) or seen[-1])
-    monkeypatch.setattr("dispatch_compile._compilation.inductor_compile", stopping)
+    monkeypatch.setattr(
+        "dispatch_compile._compile.compilation.treatment", lambda *a: seen.append(treated(*a)) or seen[-1]
+    )
+    monkeypatch.setattr("dispatch_compile._compile.compilation.inductor_compile", stopping)
     arguments = CASES[name].arguments(Inputs(Sizes(7, 1024, dtype, "cpu")))
     with mode, pytest.raises(dc.CompileError, match="seen enough"):
         CASES[name].op(*arguments)

@@ -115,9 +115,9 @@ def test_another_process_runs_it_without_inductor(saved, folder):
         import sys
         import torch
         import dispatch_compile as dc
-        from dispatch_compile._artifacts import Artifacts, read
-        from dispatch_compile._origin import origin_of
-        from dispatch_compile._compilation import Specialization
+        from dispatch_compile._saved.artifacts import Artifacts, read
+        from dispatch_compile._saved.origin import origin_of
+        from dispatch_compile._compile.specialization import Specialization
         from dispatch_compile._specialize.arguments import Parameters, flatten
         from dispatch_compile._specialize.key import key_of
         op = dc.ops.silu_and_mul
@@ -231,7 +231,7 @@ def test_nothing_else_is_found(saved):
 def test_code_of_another_environment_is_not_used(saved, caplog, monkeypatch, name):
     artifacts = Artifacts([saved.artifact])
     here = _origin.now
-    monkeypatch.setattr("dispatch_compile._artifacts.now", lambda item: "other" if item == name else here(item))
+    monkeypatch.setattr("dispatch_compile._saved.artifacts.now", lambda item: "other" if item == name else here(item))
     with caplog.at_level("INFO", logger="dispatch_compile"):
         assert saved.find_in(artifacts) is None
     assert f"{name} is 'other', not {saved.artifact.environment[name]!r}" in caplog.text
@@ -358,7 +358,7 @@ def test_processes_that_write_at_once_leave_a_whole_file(folder):
     writer = """if True:
         import sys
         from pathlib import Path
-        from dispatch_compile import _saved_file
+        from dispatch_compile._saved import container as _saved_file
         print("ready", flush=True)
         sys.stdin.readline()
         for i in range(300):
@@ -521,9 +521,9 @@ def test_triton_kernels_in_another_process(folder):
         import sys
         import torch
         import dispatch_compile as dc
-        from dispatch_compile._artifacts import Artifact, Artifacts, read, write
-        from dispatch_compile._origin import origin_of
-        from dispatch_compile._compilation import Specialization
+        from dispatch_compile._saved.artifacts import Artifact, Artifacts, read, write
+        from dispatch_compile._saved.origin import origin_of
+        from dispatch_compile._compile.specialization import Specialization
         from dispatch_compile._specialize.arguments import Parameters, flatten
         from dispatch_compile._specialize.key import key_of
         task, path = sys.argv[1:]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import dispatch_compile as dc
 from dispatch_compile._ir import registry as _registry
+from dispatch_compile._ir.references import NativeOp
 
 
 def twice(x: Tensor, bias: float = 0.0) -> Tensor:
@@ -241,7 +242,7 @@ def test_ops_of_a_source_that_says_nothing_are_looked_at_when_a_poll_finds_other
         return x * 2
 
     overload = define_opaque(twice)
-    first, second = (_registry.NativeOp(overload, twice, ["x"]) for _ in range(2))
+    first, second = (NativeOp(overload, twice, ["x"]) for _ in range(2))
     listed, looks = [], []
     for sources in ("_sources", "_polled", "_quick"):
         monkeypatch.setattr(_registry, sources, [*getattr(_registry, sources)])

@@ -322,7 +322,7 @@ def test_off_records_nothing(layer, monkeypatch):
     def fail(*args: object) -> None:
         raise AssertionError("described an argument although tracing is off")
 
-    monkeypatch.setattr("dispatch_compile._trace.summary_of", fail)
+    monkeypatch.setattr("dispatch_compile._trace.trace.summary_of", fail)
     mode = dc.DispatchCompileMode(config=EAGER)
     with mode:
         layer(torch.ones(4, 3))
