@@ -330,7 +330,16 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
     aten.glu: (Rule(_DIGITS, eager.glu, CUDA, _in_32_bits),),
     aten.signbit: (Rule("does not see the sign of -0.0", device=CUDA, when=_in_64_bits),),
     aten.frexp: (Rule("other exponents for what is subnormal or not finite", device=CUDA),),
-    **dict.fromkeys([aten.i0, aten.special_modified_bessel_i0, aten.special_erfcx], (Rule(_DIGITS, device=CUDA),)),
+    **dict.fromkeys(
+        [aten.i0, aten.special_modified_bessel_i0],
+        (Rule(_DIGITS, device=CUDA), Rule(_DIGITS, when=_in_64_bits)),
+    ),
+    aten.special_erfcx: (Rule(_DIGITS, device=CUDA),),
+    **dict.fromkeys([aten.hardsigmoid, aten.hardswish], (Rule(_DIGITS, device=CUDA, when=_in_64_bits),)),
+    **dict.fromkeys(
+        [aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d],
+        (Rule("computes places with fewer digits", when=_in_64_bits),),
+    ),
     **dict.fromkeys([aten.bucketize, aten.searchsorted], (Rule(_NAN, device=CUDA, when=_of_floats),)),
     aten.sort: (Rule(_NAN, device=CUDA, when=_of_floats),),
     aten.neg: (Rule("subtracts from zero", eager.neg, CUDA, _of_floats),),
