@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 from dispatch_compile import CompileConfig, DispatchCompileMode, IrOp
 from dispatch_compile._cache.table import Guarded
+from dispatch_compile._compile.specialization import Specialization
 from dispatch_compile._specialize.guards import MISS
 from dispatch_compile._torch.dispatch import OpOverload, QuietMode
 
@@ -116,7 +117,7 @@ class Ours(Contender):
             self.op.torch_op(*arguments)
         table = self.mode.cache.table(self.op, self.op.impls["native"], self.mode.config)
         for entry in table.guarded:
-            if entry.specialization.code is not None and entry.call(arguments, {}) is not MISS:
+            if isinstance(entry.known, Specialization) and entry.call(arguments, {}) is not MISS:
                 return entry
         raise RuntimeError("nothing was compiled for these arguments")
 
@@ -144,9 +145,9 @@ class CodeAlone(Contender):
         self._ours = ours
 
     def peer(self, rotation: Sequence[Arguments]) -> Peer:
-        code: Any = self._ours.guarded(rotation[0]).specialization.code
-        prepared = [_arguments_of_run(code.call, arguments) for arguments in rotation]
-        return Peer(self.name, code.run, prepared, compiled=True)
+        known: Any = self._ours.guarded(rotation[0]).known
+        prepared = [_arguments_of_run(known.code.call, arguments) for arguments in rotation]
+        return Peer(self.name, known.code.run, prepared, compiled=True)
 
 
 def _arguments_of_run(call: str, arguments: Arguments) -> Arguments:

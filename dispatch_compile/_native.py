@@ -17,7 +17,7 @@ import torch
 
 from ._basics.checks import checked_names
 from ._basics.fork import freed_in_children
-from ._call.kernel import run_function
+from ._call.kernel import route_outside, run_function
 from ._compile.reading import nested_code
 from ._compile.surroundings import CACHING
 from ._dispatch.active import innermost_entry
@@ -222,6 +222,8 @@ class Native:
             mode = entry.untraced
             if mode is not None and not profiler._is_profiler_enabled:
                 route = mode.routes.get(number)
+                if route is None and entry.outside is not None:
+                    route = route_outside(entry.outside, number)
                 table = None if route is None else route.last[1]
                 if route is not None and table is not None:
                     try:

@@ -80,6 +80,6 @@ def specializations(mode: dc.DispatchCompileMode, op: dc.IrOp, provider: str = "
     """What the mode's cache holds for one implementation, the latest first."""
     found: list[Any] = []
     for entry in guarded_entries(mode, op, provider):
-        if not any(entry.specialization is known for known in found):
-            found.append(entry.specialization)
+        if not any(entry.known is known for known in found):
+            found.append(entry.known)
     return found

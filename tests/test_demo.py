@@ -59,11 +59,11 @@ def test_summary(checked: run.Checked) -> None:
     assert_expected_inline(
         checked.trace.summary(seconds=False),
         """\
-op                                     provider  calls  compiled  eager  passed  specializations
-dispatch_compile::concat_quant_fp8     native        2         2      0       0                2
-dispatch_compile::quant_fp8_per_token  native        2         2      0       0                1
-dispatch_compile::rms_norm             native        2         2      0       0                2
-dispatch_compile::silu_and_mul         native        2         2      0       0                1""",
+op                                     provider  calls  compiled  eager  aside  specializations
+dispatch_compile::concat_quant_fp8     native        2         2      0      0                2
+dispatch_compile::quant_fp8_per_token  native        2         2      0      0                1
+dispatch_compile::rms_norm             native        2         2      0      0                2
+dispatch_compile::silu_and_mul         native        2         2      0      0                1""",
     )
 
 

@@ -18,8 +18,6 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dispatch_compile as dc
-from dispatch_compile._call import explain as _explain
-from dispatch_compile._call import route as _route
 
 
 @pytest.fixture
@@ -166,7 +164,7 @@ def test_another_provider(mode, scale):
             str(mode.explain(scale, x_of(4), torch.ones(3))),
             """\
 dispatch_compile::explained_scale(t: f32[4, 3], t: f32[3])
-would pass as without the mode: provider 'other' is not in providers ('native',)
+would step aside: provider 'other' is not in providers ('native',)
 implementation: other, the first in the priority [decode, other] that supports the arguments
   not decode: its supports_args says no
   not lacking: not supported on this machine""",
@@ -175,7 +173,7 @@ implementation: other, the first in the priority [decode, other] that supports t
             str(mode.explain(scale, x_of(1), torch.ones(3))),
             """\
 dispatch_compile::explained_scale(t: f32[1, 3], t: f32[3])
-would pass as without the mode: provider 'decode' is not in providers ('native',)
+would step aside: provider 'decode' is not in providers ('native',)
 implementation: decode, the first in the priority [decode, other] that supports the arguments
   not lacking: not supported on this machine""",
         )
@@ -201,7 +199,7 @@ def test_random_numbers(mode, define_ir_op):
         str(mode.explain(define_ir_op(explained_dropout, name="explained_dropout"), x_of(4))),
         """\
 dispatch_compile::explained_dropout(t: f32[4, 3])
-would run eagerly: the implementation draws random numbers (aten.rand_like.default)
+would step aside: the implementation draws random numbers (aten.rand_like.default)
 implementation: native, since no priority is set""",
     )
 
@@ -240,7 +238,7 @@ def test_op_that_the_mode_leaves_out(scale):
         str(dc.DispatchCompileMode(ops=[dc.ops.rms_norm]).explain(scale, x_of(4), torch.ones(3), factor=3)),
         """\
 dispatch_compile::explained_scale(t: f32[4, 3], t: f32[3], factor=3)
-would pass as without the mode: the mode's ops= leaves it out
+would step aside: the mode's ops= leaves it out
 implementation: native, since no priority is set""",
     )
 
@@ -292,12 +290,12 @@ def test_passes(mode, plain_scale):
     assert_expected_inline(
         "\n".join(f"{kind}: {decision(kind)}" for kind in PASSES),
         """\
-requires grad: would pass as without the mode: x requires grad and grad mode is on
-forward-mode AD: would pass as without the mode: forward-mode AD is active
-autocast: would pass as without the mode: autocast is on for cpu
-sparse: would pass as without the mode: x is sparse_coo
-meta: would pass as without the mode: x is on the meta device
-subclass: would pass as without the mode: x is a Tagged""",
+requires grad: would step aside: x requires grad and grad mode is on
+forward-mode AD: would step aside: forward-mode AD is active
+autocast: would step aside: autocast is on for cpu
+sparse: would step aside: x is sparse_coo
+meta: would step aside: x is on the meta device
+subclass: would step aside: x is a Tagged""",
     )
 
 
@@ -479,7 +477,7 @@ def test_implementations_that_are_not_compiled(mode, define_ir_op):
             with mode:
                 op(x_of(4))
             assert_told(mode, explanation)
-            assert explanation.action == "eager"
+            assert explanation.action == "aside"
 
 
 def test_sizes_that_the_implementation_tells_apart(mode, define_ir_op):
@@ -498,8 +496,7 @@ def test_sizes_that_the_implementation_tells_apart(mode, define_ir_op):
 
 
 def test_during_the_capture_of_a_cuda_graph(mode, counted, monkeypatch):
-    for module in (_route, _explain):
-        monkeypatch.setattr(module, "captures_cuda_graph", lambda arguments: True)
+    monkeypatch.setattr("dispatch_compile._call.decision.captures_cuda_graph", lambda arguments: True)
     explanation = mode.explain(counted.op, x_of(4))
     with mode:
         counted(x_of(4))
@@ -592,7 +589,7 @@ def test_op_with_a_kernel_that_lets_no_call_through(mode, counted):
         explanation = mode.explain(counted.op, x_of(4))
     finally:
         library._destroy()
-    assert (explanation.action, explanation.provider) == ("passed", "native")
+    assert (explanation.action, explanation.provider) == ("aside", "native")
     assert explanation.reason == "a kernel of its own deals with it before it gets to where calls are caught"
 
 
@@ -733,13 +730,13 @@ def test_no_kernel_runs_and_nothing_is_compiled(define_ir_op, define_opaque):
             made.append(mode.explain(op, x_of(4)))
         return [explanation.action for explanation in made]
 
-    assert explain() == ["compiled", "compiled", "passed", "passed"]
+    assert explain() == ["compiled", "compiled", "aside", "aside"]
     assert (kernel_runs, backend.compiles, backend.runs) == ([], 0, 0)
     with mode:
         op(x_of(4))
     ran = kernel_runs.copy(), backend.compiles, backend.runs
     assert ran[0]
-    assert explain() == ["compiled", "compiled", "passed", "passed"]
+    assert explain() == ["compiled", "compiled", "aside", "aside"]
     assert (kernel_runs, backend.compiles, backend.runs) == ran
 
 

@@ -132,7 +132,7 @@ dispatch_compile::fusion_outer(t: f32[1, 3])  ->  t: f32[1, 3]  # compiled nativ
             lambda: outer(x),
             """\
 dispatch_compile::fusion_outer(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]; not fusion_inner: provider 'fast' is not in providers ('native',); fusion_inner's call is not fused, was fused (native)
-  dispatch_compile::fusion_inner(t: f32[4, 3])  ->  t: f32[4, 3]  # passed fast, provider 'fast' is not in providers ('native',)""",  # noqa: E501 - a line is a call
+  dispatch_compile::fusion_inner(t: f32[4, 3])  ->  t: f32[4, 3]  # aside fast, provider 'fast' is not in providers ('native',)""",  # noqa: E501 - a line is a call
             mode=mode,
         )
 
@@ -331,7 +331,7 @@ def test_what_may_change_unseen_is_asked_at_every_call(two, mode):
     assert event.not_fused == ("fusion_inner: supports_args of 'fast' reads switched",)
     actions = [(event.op.partition("_")[2], event.action) for event in mode.trace.events]
     inner_calls = [action for op, action in actions if "inner" in op]
-    assert inner_calls == ["compiled", "passed", "compiled"]
+    assert inner_calls == ["compiled", "aside", "compiled"]
 
 
 def test_a_supports_args_that_raises_does_so_at_the_call(two, mode):
@@ -374,7 +374,7 @@ def test_what_cannot_be_part_of_a_graph_stays_a_call(define_ir_op, mode):
         actual = outer(ones())
     torch.manual_seed(0)
     assert_same(actual, outer(ones()))
-    assert [event.action for event in mode.trace.events] == ["compiled", "eager"] * 2
+    assert [event.action for event in mode.trace.events] == ["compiled", "aside"] * 2
     outer_event = mode.trace.events[0]
     assert "draws random numbers" in outer_event.not_fused[0]
 
@@ -476,7 +476,7 @@ def test_compositions_of_compositions():
             with mode:
                 torch.testing.assert_close(deep(x), expected, rtol=0.13, atol=0.05)
         assert mode.trace.events[1].fuses == ("silu_and_mul_quant_fp8_per_token", "quant_fp8_per_token", "rms_norm")
-        assert [event.action for event in mode.trace.events] == ["compiled", "compiled", "passed", "passed"]
+        assert [event.action for event in mode.trace.events] == ["compiled", "compiled", "aside", "aside"]
     finally:
         deep.unregister()
         ops.silu_and_mul.impls.pop("fusion_test", None)

@@ -111,7 +111,7 @@ def test_the_body_of_what_runs_natively_is_seen(watching, define_ir_op):
         watching.trace.text(),
         """\
 aten::zeros([2], device=device(type='cpu'), pin_memory=False)  ->  t: f32[2]
-dispatch_compile::seen_noise(t: f32[2])  ->  t: f32[2]  # eager native, the implementation draws random numbers (aten.rand_like.default)
+dispatch_compile::seen_noise(t: f32[2])  ->  t: f32[2]  # aside native, the implementation draws random numbers (aten.rand_like.default)
   aten::rand_like(t: f32[2], pin_memory=False)  ->  t: f32[2]
   aten::add.Tensor(t: f32[2], t: f32[2])  ->  t: f32[2]""",  # noqa: E501 - a line of a trace is as long as it is
     )
@@ -178,3 +178,34 @@ def test_an_error_in_a_body_leaves_nothing_behind(watching, define_opaque):
         op(torch.ones(3))
     assert torch._C._len_torch_dispatch_stack() == 0
     assert [call.result for call in watching.trace.calls][-2:] == [None, None]
+
+
+@pytest.mark.selective
+def test_a_mode_that_does_not_select_the_op_leaves_the_short_cut_to_the_one_outside(counted, define_ir_op, monkeypatch):
+    other = define_ir_op(tripled)
+    outside = dc.DispatchCompileMode(config=EAGER)
+    inside = dc.DispatchCompileMode(ops=[other], config=EAGER)
+    native = dc.native(tripled)
+    x = torch.ones(4, 3)
+    with outside, inside:
+        counted(x)
+        native(x)
+        monkeypatch.setattr("dispatch_compile._call.kernel._intercept", None)
+        monkeypatch.setattr("dispatch_compile._native.run_function", None)
+        counted(x)
+        native(x)
+    assert (outside.cache.stats().hits, inside.cache.stats().hits) == (4, 0)
+
+
+def test_no_short_cut_through_a_mode_that_was_left(counted):
+    outside, inside = (dc.DispatchCompileMode(config=EAGER) for _ in range(2))
+    outside.__enter__()
+    counted(torch.ones(4, 3))
+    with inside:
+        outside.__exit__(None, None, None)
+        counted(torch.ones(4, 3))
+    assert (outside.cache.stats().hits, inside.cache.stats().hits) == (1, 1)
+
+
+def tripled(x: torch.Tensor) -> torch.Tensor:
+    return x * 3

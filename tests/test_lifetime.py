@@ -69,7 +69,7 @@ def test_removed_reference_implementation_is_freed_with_its_code(mode, define_op
         foreign(torch.randn(4, 3))
     impl = native.dispatch(torch.randn(4, 3))
     (entry,) = mode.cache.table(native, impl, mode.config).guarded
-    references = [weakref.ref(item) for item in (impl, reference, entry.specialization, entry.specialization.code)]
+    references = [weakref.ref(item) for item in (impl, reference, entry.known, entry.known.code)]
     assert len(mode.cache) == 1
     handle.remove()
     del native, impl, reference, entry

@@ -246,7 +246,7 @@ dispatch_compile::draw_add: {"arguments": "t: f32[4, 3], 1", "result": "t: f32[4
 compile dispatch_compile::draw_add: {"action": "compiled", "provider": "native", "specialization": "[s0, 3]", "new": true}
 dispatch_compile::draw_add: {"arguments": "t: f32[4, 3], 2", "result": "t: f32[4, 3]", "action": "compiled", "provider": "native", "specialization": "[s0, 3]", "new": true, "difference": "number is 2, was 1"}
 compile dispatch_compile::draw_add: {"action": "compiled", "provider": "native", "specialization": "[s0, 3]", "new": true, "difference": "number is 2, was 1"}
-dispatch_compile::draw_add: {"arguments": "t: f32[4, 3], 1", "result": "t: f32[4, 3]", "action": "passed", "reason": "x requires grad and grad mode is on", "provider": "native", "new": false}
+dispatch_compile::draw_add: {"arguments": "t: f32[4, 3], 1", "result": "t: f32[4, 3]", "action": "aside", "reason": "x requires grad and grad mode is on", "provider": "native", "new": false}
 dispatch_compile::draw_add: {"arguments": "t: f32[4, 3], 10", "result": "raised", "action": "eager", "reason": "the call ended in KeyError", "provider": "native", "new": false}
 compile dispatch_compile::draw_add: {"action": "eager", "reason": "the call ended in KeyError", "provider": "native", "new": false}""",  # noqa: E501 - a line shows all that there is
     )

@@ -164,7 +164,7 @@ from dispatch_compile.testing import assert_expected_trace
 """
 TEXT = """\
 mylib::body(t: f32[4, 6])  ->  t: f32[4, 3]
-  dispatch_compile::silu_and_mul(t: f32[4, 6])  ->  t: f32[4, 3]  # passed native, provider 'native' is not in providers ('none',)"""  # noqa: E501
+  dispatch_compile::silu_and_mul(t: f32[4, 6])  ->  t: f32[4, 3]  # aside native, provider 'native' is not in providers ('none',)"""  # noqa: E501
 
 
 def _pytest(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -135,15 +135,15 @@ def test_passed_and_why(define_ir_op):
     assert_expected_inline(
         str(mode.trace),
         """\
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, x requires grad and grad mode is on
-dispatch_compile::trace_mul(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # passed native, weight requires grad and grad mode is on
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, x is a Tagged
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, x is sparse_coo
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, x is on the meta device
-dispatch_compile::trace_mul(t: f32[4, 3], t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, weight is the same tensor as x
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, autocast is on for cpu
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, forward-mode AD is active
-dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # passed vendor, provider 'vendor' is not in providers ('native',)""",  # noqa: E501 - a line of a trace is as long as it is
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # aside native, x requires grad and grad mode is on
+dispatch_compile::trace_mul(t: f32[4, 3], t: f32[3])  ->  t: f32[4, 3]  # aside native, weight requires grad and grad mode is on
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # aside native, x is a Tagged
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # aside native, x is sparse_coo
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # aside native, x is on the meta device
+dispatch_compile::trace_mul(t: f32[4, 3], t: f32[4, 3])  ->  t: f32[4, 3]  # aside native, weight is the same tensor as x
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # aside native, autocast is on for cpu
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # aside native, forward-mode AD is active
+dispatch_compile::trace_mul(t: f32[4, 3])  ->  t: f32[4, 3]  # aside vendor, provider 'vendor' is not in providers ('native',)""",  # noqa: E501 - a line of a trace is as long as it is
     )
 
 
@@ -167,15 +167,15 @@ def test_the_provider_that_ran_is_told(define_ir_op):
         """\
 dispatch_compile::trace_twice(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, new: [s0, 3]
 dispatch_compile::trace_twice(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled vendor, new: [s0, 3]
-dispatch_compile::trace_twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed vendor, x requires grad and grad mode is on
+dispatch_compile::trace_twice(t: f32[4, 3])  ->  t: f32[4, 3]  # aside vendor, x requires grad and grad mode is on
 dispatch_compile::trace_twice(t: f32[4, 3])  ->  t: f32[4, 3]  # compiled native, reused: [s0, 3]""",
     )
     assert_expected_inline(
         mode.trace.summary(seconds=False),
         """\
-op                             provider  calls  compiled  eager  passed  specializations
-dispatch_compile::trace_twice  native        2         2      0       0                1
-dispatch_compile::trace_twice  vendor        2         1      0       1                1""",
+op                             provider  calls  compiled  eager  aside  specializations
+dispatch_compile::trace_twice  native        2         2      0      0                1
+dispatch_compile::trace_twice  vendor        2         1      0      1                1""",
     )
 
 
@@ -206,8 +206,8 @@ def test_an_op_with_a_reference_runs_its_own_kernel_where_that_is_not_compiled(d
         handle.remove()
     assert [(event.action, event.provider) for event in mode.trace.events] == [
         ("eager", "kernel"),
-        ("passed", "kernel"),
-        ("passed", "kernel"),
+        ("aside", "kernel"),
+        ("aside", "kernel"),
     ]
     assert "  # eager kernel, the 'native' implementation of dispatch_compile_test::trace_kernel " in str(mode.trace)
     assert explained[0].startswith("would run eagerly: ")
@@ -240,9 +240,9 @@ def test_native_and_why(define_ir_op):
         str(mode.trace),
         """\
 dispatch_compile::trace_item(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the 'native' implementation of dispatch_compile::trace_item cannot be captured: it depends on the values in a tensor (aten._local_scalar_dense.default)
-dispatch_compile::trace_noise(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the implementation draws random numbers (aten.rand_like.default)
-dispatch_compile::trace_write(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the implementation changes its argument x, which is not declared as mutated
-dispatch_compile::trace_view(t: f32[4, 3])  ->  t: f32[3, 3]  # eager native, result 0 shares memory with argument x
+dispatch_compile::trace_noise(t: f32[4, 3])  ->  t: f32[4, 3]  # aside native, the implementation draws random numbers (aten.rand_like.default)
+dispatch_compile::trace_write(t: f32[4, 3])  ->  t: f32[4, 3]  # aside native, the implementation changes its argument x, which is not declared as mutated
+dispatch_compile::trace_view(t: f32[4, 3])  ->  t: f32[3, 3]  # aside native, result 0 shares memory with argument x
 dispatch_compile::trace_global(t: f32[4, 3])  ->  t: f32[4, 3]  # eager native, the 'native' implementation of dispatch_compile::trace_global cannot be captured: AssertionError: Please convert all Tensors to FakeTensors first or instantiate FakeTensorMode with 'allow_non_fake_inputs'. Found in aten.add.Tensor(FakeTensor(..., size=(3,)), tensor(1., size=()))""",  # noqa: E501 - a line of a trace is as long as it is
     )
 
@@ -295,15 +295,15 @@ def test_summary(tracing, layer):
     assert_expected_inline(
         tracing.trace.summary(seconds=False),
         """\
-op                             provider  calls  compiled  eager  passed  specializations
-dispatch_compile::rms_norm     native        1         0      0       1                0
-dispatch_compile::trace_scale  native       16        16      0       0                6""",
+op                             provider  calls  compiled  eager  aside  specializations
+dispatch_compile::rms_norm     native        1         0      0      1                0
+dispatch_compile::trace_scale  native       16        16      0      0                6""",
     )
 
 
 def test_summary_of_nothing(tracing):
     assert_expected_inline(
-        tracing.trace.summary(seconds=False), """op  provider  calls  compiled  eager  passed  specializations"""
+        tracing.trace.summary(seconds=False), """op  provider  calls  compiled  eager  aside  specializations"""
     )
 
 

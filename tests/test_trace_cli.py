@@ -78,12 +78,12 @@ def test_calls_in_the_scripts_own_modes(script, tmp_path):
 Trace of script.py
 script::outer(t: f32[4, 3])  ->  t: f32[4, 3]
   script::inner(t: f32[4, 3])  ->  t: f32[4, 3]
-    dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, provider 'native' is not in providers ('no',)
-  dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # passed native, provider 'native' is not in providers ('no',)
+    dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # aside native, provider 'native' is not in providers ('no',)
+  dispatch_compile::twice(t: f32[4, 3])  ->  t: f32[4, 3]  # aside native, provider 'native' is not in providers ('no',)
 
 Summary
-op                       provider  calls  compiled  eager  passed  specializations
-dispatch_compile::twice  native        2         0      0       2                0
+op                       provider  calls  compiled  eager  aside  specializations
+dispatch_compile::twice  native        2         0      0      2                0
 """,  # noqa: E501 - a line of a trace is as long as it is
     )
 

@@ -91,7 +91,7 @@ def test_the_file(made, saved, monkeypatch):
 {"schema": "dispatch_compile.trace", "version": 4, "torch": "2.13.0", "all_ops": false, "dropped": 3, "calls": 3}
 {"kind": "op", "op": "mylib::layer.default", "inputs": [{"name": null, "value": {"dtype": "bf16", "shape": [4, 8], "strides": null, "device": "cpu", "id": null}}], "depth": 0, "thread": 2, "start": 1000, "nanoseconds": 10000, "output": {"dtype": "bf16", "shape": [4, 8], "strides": null, "device": "cpu", "id": null}, "stack": []}
 {"kind": "ir_op", "op": "vllm_ir::rms_norm.default", "inputs": [{"name": null, "value": {"dtype": "bf16", "shape": [4, 8], "strides": null, "device": "cpu", "id": null}}, {"name": null, "value": "1e-06"}, {"name": "out", "value": {"list": [{"dtype": "bf16", "shape": [4, 8], "strides": null, "device": "cpu", "id": null}, {"tuple": ["None", {"list": []}]}]}}], "depth": 1, "thread": 2, "start": 1500, "nanoseconds": 9000, "output": {"tuple": [{"dtype": "bf16", "shape": [4, "s0"], "strides": null, "device": "cpu", "id": 3}, {"dtype": "bf16", "shape": [4, 8], "strides": [1, 4], "device": "cpu", "id": null}]}, "stack": ["model.py:7 in forward"], "action": "compiled", "reason": null, "provider": "native", "specialization": "[s0, 8]", "new": true, "loaded": true, "fuses": ["rms_norm", "silu_and_mul"], "not_fused": ["quant: its dispatch raises TypeError"], "difference": "x is bf16, was f32", "compile_start": 2000, "compile_nanoseconds": 7000}
-{"kind": "ir_op", "op": "vllm_ir::rms_norm.maybe_inplace", "inputs": [], "depth": 0, "thread": 0, "start": 20000, "nanoseconds": 5, "output": null, "stack": [], "action": "passed", "reason": "it is a \\n", "provider": null, "specialization": null, "new": false, "loaded": false, "fuses": [], "not_fused": [], "difference": null, "compile_start": null, "compile_nanoseconds": 0}
+{"kind": "ir_op", "op": "vllm_ir::rms_norm.maybe_inplace", "inputs": [], "depth": 0, "thread": 0, "start": 20000, "nanoseconds": 5, "output": null, "stack": [], "action": "aside", "reason": "it is a \\n", "provider": null, "specialization": null, "new": false, "loaded": false, "fuses": [], "not_fused": [], "difference": null, "compile_start": null, "compile_nanoseconds": 0}
 """,  # noqa: E501 - a line of the file is a call
     )
 
@@ -140,7 +140,7 @@ def test_round_trip_of_what_a_mode_traced(options, define_ir_op, define_opaque, 
         item(torch.ones(4, 4, requires_grad=True))
         with pytest.raises(KeyError):
             fail(torch.ones(4, 4))
-    assert {event.action for event in mode.trace.events} >= {"eager", "passed"}
+    assert {event.action for event in mode.trace.events} >= {"eager", "aside"}
     assert mode.trace.dropped == (4 if "max_events" in options else 0)
     assert_same_trace(dc.Trace.load(mode.trace.save(tmp_path / "trace.jsonl")), mode.trace)
 
@@ -174,7 +174,7 @@ fields_of_call = {
     "stack": st.lists(texts, max_size=2).map(tuple),
 }
 fields_of_event = fields_of_call | {
-    "action": st.sampled_from(["compiled", "eager", "passed"]),
+    "action": st.sampled_from(["compiled", "eager", "aside"]),
     "reason": st.none() | texts,
     "provider": st.none() | texts,
     "specialization": st.none() | texts,
@@ -290,7 +290,7 @@ def test_a_field_missing_or_too_many(saved, number):
         ("depth", True, '"depth" must be a whole number, not negative, not True'),
         ("start", 1.5, '"start" must be a whole number, not 1.5'),
         ("new", 1, '"new" must be true or false, not 1'),
-        ("action", "compile", "\"action\" must be compiled, eager or passed, not 'compile'"),
+        ("action", "compile", "\"action\" must be compiled, eager or aside, not 'compile'"),
         ("stack", "model.py:7", "\"stack\" must be an array, not 'model.py:7'"),
         ("output", 3, '"output" must be a tensor, a list, a tuple or a string, not 3'),
         (

@@ -371,7 +371,7 @@ def test_summary_as_markdown(opaque):
     assert_expected_inline(
         mode.trace.summary(markdown=True, seconds=False),
         """\
-| op | provider | calls | compiled | eager | passed | specializations |
+| op | provider | calls | compiled | eager | aside | specializations |
 | --- | --- | ---: | ---: | ---: | ---: | ---: |
 | dispatch_compile::opt_scale | native | 2 | 2 | 0 | 0 | 2 |
 | dispatch_compile::rms_norm | native | 1 | 0 | 0 | 1 | 0 |""",

@@ -88,7 +88,7 @@ def test_vllms_configuration_decides(out_of_tree, name, permanently):
                     op(*args)
     assert [(event.provider, event.action) for event in mode.trace.events] == [
         ("native", "compiled"),
-        ("out_of_tree", "passed"),
+        ("out_of_tree", "aside"),
         ("native", "compiled"),
     ]
     assert len(out_of_tree) == 1

@@ -33,8 +33,8 @@ class CacheStats:
         compiles: specializations compiled.
         hits: calls that ran compiled code, a specialization's first call included.
         fallbacks: calls that ran eagerly because there is no compiled code for them.
-        asides: calls that passed because of their arguments (subclasses, ...), the thread's state (autograd, ...) or
-            the provider chosen for them.
+        asides: calls that stepped aside, because of their arguments (subclasses, ...), the thread's state (autograd,
+            ...), the provider chosen for them, or what the implementation does beside computing.
         loads: specializations whose code was saved before, and was loaded.
     """
 
@@ -175,8 +175,6 @@ def _artifacts_of(impl: Any, entry: _Entry) -> Iterator[Artifact]:
     for table in list(entry.tables.values()):
         for key, specialization in table.specializations():
             code = specialization.code
-            if code is None:
-                continue
             try:
                 yield Artifact.of(specialization.origin, key, code)
             except CannotTell as reason:

@@ -17,7 +17,8 @@ class OpCounters:
         compiles: specializations compiled.
         hits: calls that ran compiled code, a specialization's first call included.
         fallbacks: calls that ran eagerly because there is no compiled code for them.
-        asides: calls that passed because of their arguments, the thread's state or the provider chosen for them.
+        asides: calls that stepped aside, because of their arguments, the thread's state, the provider chosen for them,
+            or what the implementation does beside computing.
         loads: specializations whose code was saved before, and was loaded.
         reasons: how often which reason kept a call from running compiled.
     """

@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from .._basics.fork import compiler_was_interrupted, compiling, freed_in_children
-from .._compile.compilation import specialize
-from .._compile.config import BACKGROUND, NO_EVICTION, CompileConfig
-from .._compile.failure import CannotCompile, CannotCompileNow, cannot_compile
+from .._compile.compilation import foresee, specialize
+from .._compile.config import BACKGROUND, NO_EVICTION, RAISE, CompileConfig
+from .._compile.config import NATIVE as RUN_NATIVELY
+from .._compile.failure import CannotCompile, cannot_compile
+from .._compile.outcome import FROZEN, IN_BACKGROUND, IN_FORK, OTHER_SETTINGS, Aside, Eager, Failed
 from .._compile.reading import CannotTell
-from .._compile.specialization import Specialization
+from .._compile.specialization import NoCode, Specialization
 from .._dispatch.active import suspended
 from .._ir.protocol import Impl
 from .._saved.artifacts import Artifact, Artifacts
@@ -25,7 +27,7 @@ from .._saved.origin import Origin, origin_of
 from .._specialize.arguments import Arguments, of_zeros
 from .._specialize.callee import Callee
 from .._specialize.key import key_of
-from .._specialize.stand_ins import Relearn
+from .._specialize.stand_ins import Relearn, StepAside
 from .._torch.inductor import NoCompiler
 from .._trace.event import TraceEvent
 from . import background
@@ -36,11 +38,8 @@ from .table import Table
 
 _log = logging.getLogger("dispatch_compile")
 
-# A specialization, or the error for which it cannot be made, or the reason why it is not made now.
-Made = Specialization | CannotCompile | str
-
-FROZEN = "frozen"
-IN_BACKGROUND = "is being compiled in the background"
+# What becomes of a call for which code is to be made.
+Made = Specialization | Aside | Eager | Failed
 
 # Not the compiler's lock: to have that one, Dynamo would have to be imported.
 _loading = freed_in_children(threading.RLock())
@@ -56,48 +55,75 @@ class Maker:
     artifacts: Artifacts
     orders: Orders
 
+    @property
+    def makes_nothing(self) -> bool:
+        """Whether calls that need new code do without it."""
+        return self.orders.frozen or self.config.on_new in (RUN_NATIVELY, RAISE)
+
     def make(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None) -> Made:
-        """What a call gets whose specialization is not in the table. It is there afterwards, if it could be made."""
-        if self.is_full(table):
-            return self._full
-        loaded = self.load(impl, table, key, arguments, event)
-        if loaded is not None:
-            return loaded
-        if compiler_was_interrupted():
-            return "the process was forked while another thread compiled"
-        failed = _failed_lately(table)
-        if failed is not None:
-            return failed
+        """Make code for a call, now or in the background. It is in the table afterwards, if it could be made.
+
+        Raises:
+            Relearn: the arguments are to be read otherwise.
+        """
         if self.config.on_new == BACKGROUND:
-            failure = background.ask(table, key, lambda: _Job.of(self, impl, table, key, arguments))
-            return failure or IN_BACKGROUND
+            made: Made | None = background.ask(table, key, lambda: _Job.of(self, impl, table, key, arguments))
+            return made or Eager(IN_BACKGROUND)
         return self.make_now(impl, table, key, arguments, event)
 
     def make_now(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None) -> Made:
         """The same on this thread, when no other is compiling; perhaps another has made it by then."""
         try:
             with compiling():
-                made = table.find(key, arguments) or _failed_lately(table)
-                if made is not None:
-                    return made
-                if self.is_full(table):
-                    return self._full
+                known = table.find(key, arguments)
+                if known is not None:
+                    return known.outcome if isinstance(known, NoCode) else known
+                kept_from = self.why_not_now(table)
+                if kept_from is not None:
+                    return kept_from
                 if self.orders.frozen:  # while this waited for another compilation
-                    return FROZEN
+                    return Eager(FROZEN)
                 self._make_room(table)
                 return self._specialize(impl, table, key, arguments, event)
+        except StepAside as reason:
+            aside = Aside(str(reason))
+            table.add(key, NoCode.of(arguments, aside))
+            return aside
         except CannotCompile as error:
-            return error
+            return Failed.of(error, self.config)
         except NoCompiler as error:
-            return without_compiler(self.callee.name, error)
+            return without_compiler(self.callee.name, error, self.config)
+
+    def why_not_now(self, table: Table) -> Eager | Failed | None:
+        """Why no code is to be made now, whatever the call; None if there is no reason."""
+        if self.is_full(table):
+            limit = self.config.max_specializations
+            return Eager(f"there may be no more than {limit} specializations (max_specializations)")
+        if compiler_was_interrupted():
+            return Eager(IN_FORK)
+        if table.postponed is not None and not table.postponed.is_over:
+            return table.postponed.failure
+        return None
+
+    def foresee(self, impl: Impl, arguments: Arguments) -> Made:
+        """What :meth:`make_now` would come to, without compiling.
+
+        Raises:
+            Relearn: the arguments are to be read otherwise.
+        """
+        try:
+            with compiling():
+                return foresee(self.callee.name, impl, self.callee.parameters, arguments, self.config)
+        except StepAside as reason:
+            return Aside(str(reason))
+        except CannotCompile as error:
+            return Failed.of(error, self.config)
+        except NoCompiler as error:
+            return without_compiler(self.callee.name, error, self.config)
 
     def is_full(self, table: Table) -> bool:
         """Whether a table has all the specializations that it may have."""
         return self.config.eviction == NO_EVICTION and table.size >= self.config.max_specializations
-
-    @property
-    def _full(self) -> str:
-        return f"there may be no more than {self.config.max_specializations} specializations (max_specializations)"
 
     def _make_room(self, table: Table) -> None:
         if self.config.eviction != NO_EVICTION:
@@ -107,24 +133,27 @@ class Maker:
         """The specialization that saved code gives; None if there is none for this call."""
         if self.artifacts.empty:
             return None
-        origin = self._origin(impl)
-        if isinstance(origin, str):
-            return None
-        code = self.artifacts.find(origin, key, arguments)
+        with _loading, suspended():
+            origin = self._origin(impl)
+            if isinstance(origin, str):
+                return None
+            code = self.artifacts.find(origin, key, arguments)
         return None if code is None else Specialization.of(code, arguments, origin)
 
     def load(
-        self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: TraceEvent | None
-    ) -> Specialization | None:
-        """The same, which is in the table afterwards."""
+        self,
+        impl: Impl,
+        table: Table,
+        key: Hashable,
+        arguments: Arguments,
+        loaded: Specialization,
+        event: TraceEvent | None,
+    ) -> Specialization:
+        """Put what :meth:`saved` found in the table, unless another thread has done so."""
         with _loading:
-            found = table.find(key, arguments)  # another thread may have loaded it
-            if found is not None:
+            found = table.find(key, arguments)
+            if isinstance(found, Specialization):
                 return found
-            with suspended():
-                loaded = self.saved(impl, key, arguments)
-            if loaded is None or loaded.code is None:
-                return None
             self._make_room(table)
             table.add(key, loaded)
         self.counters.loads += 1
@@ -141,7 +170,7 @@ class Maker:
 
     def _keep(self, key: Hashable, made: Specialization) -> None:
         """Put new code where other processes find it, if there is such a place."""
-        if made.code is None or not self.artifacts.keeps:
+        if not self.artifacts.keeps:
             return
         try:
             self.artifacts.keep(Artifact.of(made.origin, key, made.code))
@@ -160,41 +189,29 @@ class Maker:
             nanoseconds = time.perf_counter_ns() - start
             if event is not None:
                 event.compile_start, event.compile_nanoseconds = start, nanoseconds
-        if made.code is not None and made.code.composition.asked and self._origin(impl) != origin:
+        if made.code.composition.asked and self._origin(impl) != origin:
             made = replace(made, origin="what the ops inside go by changed while it was compiled")
         difference = table.why_new(made)
         table.add(key, made)
         table.postponed = None
         self._keep(key, made)
-        if made.code is not None:
-            self.counters.compiles += 1
-            shapes = made.code.symbolic_shapes
-            suffix = f": {difference}" if difference else ""
-            _log.info(
-                "compiled %s (%s) for %s in %.1f s%s",
-                self.callee.name,
-                impl.provider,
-                shapes,
-                nanoseconds * 1e-9,
-                suffix,
-            )
-            if event is not None:
-                event.difference = difference
+        self.counters.compiles += 1
+        _log.info(
+            "compiled %s (%s) for %s in %.1f s%s",
+            self.callee.name,
+            impl.provider,
+            made.code.symbolic_shapes,
+            nanoseconds * 1e-9,
+            f": {difference}" if difference else "",
+        )
+        if event is not None:
+            event.difference = difference
         return made
 
 
-def without_compiler(name: str, error: NoCompiler) -> CannotCompile:
-    """The error for an op that cannot be compiled in this process, as nothing can."""
-    failure = CannotCompile(f"{name} cannot be compiled: {error}")
-    failure.__cause__ = error
-    return failure
-
-
-def _failed_lately(table: Table) -> CannotCompileNow | None:
-    """The failure for which nothing is tried again yet."""
-    if table.postponed is None or table.postponed.is_over:
-        return None
-    return CannotCompileNow(table.postponed.failure)
+def without_compiler(name: str, error: NoCompiler, config: CompileConfig) -> Failed:
+    """What becomes of an op that cannot be compiled in this process, as nothing can."""
+    return Failed(f"{name} cannot be compiled: {error}", config.on_failure == RAISE, cause=error)
 
 
 @dataclass(frozen=True)
@@ -217,7 +234,7 @@ class _Job:
         state = ThreadState.now(cuda=any(device.type == "cuda" for device in devices))
         return _Job(maker, weakref.ref(impl), table, key, layouts, devices, state)
 
-    def __call__(self) -> CannotCompile | str | None:
+    def __call__(self) -> Made | None:
         """Why there is no specialization, for the next call that needs it; None if there is one or nobody needs it."""
         impl = self.impl()
         if impl is None or self.table.dropped or self.maker.orders.frozen:
@@ -228,16 +245,16 @@ class _Job:
             self.table.learn(again.more)  # the next call asks again
             return None
         except BaseException as error:  # whatever it is, it must not end the thread that other work waits for
-            made = cannot_compile(self.maker.callee.name, impl, self.maker.config, error)
-            made.__cause__ = error
-        if isinstance(made, CannotCompile):
-            # Its traceback refers to the implementation, which the table must not keep alive.
-            _log.info("in the background: %s", made, exc_info=made)
-            return type(made)(str(made))
-        return made if isinstance(made, str) else None
+            config = self.maker.config
+            made = Failed.of(cannot_compile(self.maker.callee.name, impl, config, error), config)
+            made = replace(made, cause=error)
+        if isinstance(made, Failed):
+            _log.info("in the background: %s", made.reason, exc_info=made.cause)
+            return made.told()
+        return made if isinstance(made, Eager) else None
 
     def _make(self, impl: Impl) -> Made:
         arguments = of_zeros(self.layouts, self.devices)
         if key_of(arguments) != self.key:
-            return "not compiled in the background, where torch's settings are others than in the call"
+            return Eager(OTHER_SETTINGS)
         return self.maker.make_now(impl, self.table, self.key, arguments, None)

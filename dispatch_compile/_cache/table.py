@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._basics.fork import freed_in_children
-from .._compile.specialization import Specialization
+from .._compile.outcome import FROZEN, Eager
+from .._compile.specialization import NoCode, Specialization
 from .._specialize.arguments import NOTHING_LEARNED, Arguments, Learned
 from .._specialize.change import Pattern
-from .._specialize.difference import difference
+from .._specialize.difference import Components, difference
 from .._specialize.guards import MISS, GuardedCall
 from .retry import Postponed
 
@@ -22,12 +23,15 @@ _GUARDED_LIMIT = 64
 _lock = freed_in_children(threading.RLock())
 
 
+Known = Specialization | NoCode
+
+
 @dataclass(frozen=True, eq=False)
 class Guarded:
-    """An exact guard and the specialization that it leads to."""
+    """An exact guard and what is known of the calls that it admits."""
 
     call: GuardedCall
-    specialization: Specialization
+    known: Specialization | NoCode
 
 
 class Table:
@@ -35,8 +39,8 @@ class Table:
 
     Attributes:
         calls: what the hot path tries in turn: guarded calls of compiled code, the last one made first.
-        guarded: the same with their specializations, and the guarded failures. Both are replaced whole, so that
-            readers need no lock.
+        guarded: the same with their specializations, and the guards of calls for which there is no code. Both are
+            replaced whole, so that readers need no lock.
         missing: guards that tell calls for which there was no code in a mode that makes none. Forgotten when there is
             new code.
         warned_of: the reasons that were warned of.
@@ -54,7 +58,7 @@ class Table:
         self.postponed: Postponed | None = None
         self.learned = NOTHING_LEARNED
         self._why_dynamic: str | None = None
-        self._by_key: dict[Hashable, list[Specialization]] = {}  # the latest used last, as far as is known
+        self._by_key: dict[Hashable, list[Known]] = {}  # the latest used last, as far as is known
 
     @property
     def size(self) -> int:
@@ -64,11 +68,12 @@ class Table:
     def specializations(self) -> list[tuple[Hashable, Specialization]]:
         """All of them, each with its key."""
         with _lock:
-            return [(key, one) for key, several in self._by_key.items() for one in several]
+            known = [(key, one) for key, several in self._by_key.items() for one in several]
+        return [(key, one) for key, one in known if isinstance(one, Specialization)]
 
     def patterns(self) -> list[Pattern]:
         """What there are specializations for."""
-        return [one.pattern for _, one in self.specializations() if one.code is not None]
+        return [one.pattern for _, one in self.specializations()]
 
     def learn(self, more: Learned, why: str | None = None) -> None:
         """Read the arguments of the next calls otherwise; ``why``, for people, if something has become dynamic."""
@@ -76,39 +81,37 @@ class Table:
             self.learned |= more
             self._why_dynamic = None if more.fixed else why or self._why_dynamic
 
-    def find(self, key: Hashable, arguments: Arguments) -> Specialization | None:
-        """The specialization for a key whose guards on the dynamic sizes hold for these arguments."""
+    def find(self, key: Hashable, arguments: Arguments) -> Known | None:
+        """What is known of calls with this key and such dynamic sizes."""
         with _lock:
             several = tuple(self._by_key.get(key, ()))
         return next((one for one in several if one.admits(arguments)), None)
 
-    def add(self, key: Hashable, specialization: Specialization) -> None:
-        """Keep a specialization under its key."""
+    def add(self, key: Hashable, known: Known) -> None:
+        """Keep a specialization, or that there is no code, under its key."""
         with _lock:
             if not self.dropped:
-                self._by_key[key] = [*self._by_key.pop(key, ()), specialization]
+                self._by_key[key] = [*self._by_key.pop(key, ()), known]
             self.missing = ()
 
-    def difference(self, made: Specialization) -> str | None:
-        """In what a specialization differs from the nearest that there is; None if there is none."""
+    def difference(self, components: Components) -> str | None:
+        """In what a call or specialization differs from the nearest that is known; None if there is none."""
         others = [known for several in list(self._by_key.values()) for known in several]
-        return difference(made.components, ((other.components, other.why_not()) for other in others))
+        return difference(components, ((other.components, other.why_not()) for other in others))
 
     def why_new(self, made: Specialization) -> str | None:
         """Why a specialization is new, where there are others: what has become dynamic, or the difference."""
         why, self._why_dynamic = self._why_dynamic, None
-        return why or self.difference(made)
+        return why or self.difference(made.components)
 
-    def add_guard(
-        self, key: Hashable, specialization: Specialization, arguments: Arguments, of_function: bool
-    ) -> Guarded:
+    def add_guard(self, key: Hashable, known: Known, arguments: Arguments, of_function: bool) -> Guarded:
         """Put an exact guard for such arguments in front of the others: the last call is the likeliest next."""
-        entry = Guarded(specialization.guarded_call(arguments, of_function=of_function), specialization)
+        entry = Guarded(known.guarded_call(arguments, of_function=of_function), known)
         with _lock:
             several = self._by_key.pop(key, None)
             if several is not None:
                 self._by_key[key] = several
-                if any(one is specialization for one in several):  # it may have been dropped meanwhile
+                if any(one is known for one in several):  # it may have been dropped meanwhile
                     self._guard_with((entry, *self.guarded[: _GUARDED_LIMIT - 1]))
         return entry
 
@@ -116,9 +119,9 @@ class Table:
         """Whether it is known that there is no code for these arguments; if not, there may be none."""
         return any(guard(args, kwargs) is not MISS for guard in self.missing)
 
-    def note_missing(self, missing: Specialization, arguments: Arguments, of_function: bool) -> None:
+    def note_missing(self, arguments: Arguments, of_function: bool) -> None:
         """Put a guard for such arguments, for which there is no code, in front of :attr:`missing`."""
-        guard = missing.guarded_call(arguments, of_function=of_function)
+        guard = NoCode.of(arguments, Eager(FROZEN)).guarded_call(arguments, of_function=of_function)
         with _lock:
             self.missing = (guard, *self.missing[: _GUARDED_LIMIT - 1])
 
@@ -133,12 +136,12 @@ class Table:
                 del self._by_key[next(iter(self._by_key))]
             if self.size + 1 == limit:
                 newer = list(self._by_key.values())[(len(self._by_key) + 1) // 2 :]
-                kept = {id(specialization) for several in newer for specialization in several}
-                self._guard_with(tuple(entry for entry in self.guarded if id(entry.specialization) in kept))
+                kept = {id(known) for several in newer for known in several}
+                self._guard_with(tuple(entry for entry in self.guarded if id(entry.known) in kept))
 
     def _guard_with(self, guarded: tuple[Guarded, ...]) -> None:
         self.guarded = guarded
-        self.calls = tuple(guard.call for guard in guarded if guard.specialization.code is not None)
+        self.calls = tuple(guard.call for guard in guarded if isinstance(guard.known, Specialization))
 
     def drop(self) -> None:
         """Let go of everything, for good."""

@@ -7,7 +7,7 @@ thread's state is that of a call. There the call is explained in place of being 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from textwrap import TextWrapper
@@ -15,30 +15,26 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import fx
 
-from .._basics.fork import compiling
 from .._basics.summary import summary_of, text_of
 from .._cache import background
-from .._cache.making import FROZEN, IN_BACKGROUND, Made, Maker, without_compiler
+from .._cache.making import Made, Maker
 from .._cache.table import Table
 from .._compile.capture import Captured, capture
-from .._compile.compilation import foresee
-from .._compile.config import BACKGROUND, COMPILE, RAISE, not_in_providers
-from .._compile.failure import CannotCompile, CannotCompileNow
+from .._compile.config import BACKGROUND
+from .._compile.outcome import IN_BACKGROUND, Aside, Eager, Failed
 from .._compile.specialization import Specialization
 from .._dispatch.active import EVERY_OP, enter, suspended
 from .._ir import registry
 from .._ir.protocol import KERNEL, Impl, Op, eager_provider, overloads
-from .._saved.origin import Origin
-from .._specialize.arguments import Arguments, flatten
-from .._specialize.aside import why_aside, why_function_aside, why_own_kind
+from .._specialize.arguments import NOTHING_LEARNED, Arguments, flatten
+from .._specialize.aside import why_own_kind
 from .._specialize.callee import full_name
 from .._specialize.difference import argument_components, in_names, state_components
-from .._specialize.key import key_of
 from .._specialize.stand_ins import Relearn
 from .._torch.dispatch import OpOverload, decomposes, without_modes, without_version_counting
-from .._torch.inductor import NoCompiler
-from .._trace.event import COMPILED, EAGER, PASSED
-from .route import IN_CUDA_GRAPH, Route, captures_cuda_graph
+from .._trace.event import ASIDE, COMPILED, EAGER
+from .decision import Load, Make, Outcome, Read, Run, decide
+from .route import Route
 
 if TYPE_CHECKING:
     from .._mode import DispatchCompileMode
@@ -58,7 +54,7 @@ class Explanation:
             kernel of an op of another library, as in :class:`TraceEvent`.
         priority: the providers that dispatch tries, in this order; empty when no priority is set.
         skipped: why not, by provider, of those before the chosen one and those that this machine does not support.
-        action: ``"compiled"``, ``"eager"`` or ``"passed"``, as in :class:`TraceEvent`.
+        action: ``"compiled"``, ``"eager"`` or ``"aside"``, as in :class:`TraceEvent`.
         reason: why it would not run compiled; None if it would.
         raises: whether the call would raise :class:`CompileError` with the reason.
         specialization: sizes of the tensor arguments of the compiled code, ``[s0, 2048], [2048]``.
@@ -81,7 +77,7 @@ class Explanation:
     provider: str
     priority: tuple[str, ...]
     skipped: Mapping[str, str]
-    action: str = PASSED
+    action: str = ASIDE
     reason: str | None = None
     raises: bool = False
     specialization: str | None = None
@@ -131,7 +127,7 @@ class Explanation:
             return f"run compiled; the code is {'saved, and loaded first' if self.loaded else 'there'}"
         if self.raises:
             return f"raise CompileError: {self.reason}"
-        return f"{'run eagerly' if self.action == EAGER else 'pass as without the mode'}: {self.reason}"
+        return f"{'run eagerly' if self.action == EAGER else 'step aside'}: {self.reason}"
 
     def _why_chosen(self) -> str:
         if self.provider == KERNEL and not self.priority:
@@ -187,12 +183,11 @@ def explanation_of(
         )
     reason = "the mode's ops= leaves it out" if route is None else _why_not_caught(overload, route, args, kwargs)
     if route is not None and reason is None:
-        explaining = _ExplainingRoute(op, route.callee, route.config, route.cache, route.orders)
-        explanation = _explained_where_caught(mode, explaining, overload, args, kwargs)
+        explanation = _explained_where_caught(mode, _Asking(op, route), overload, args, kwargs)
         if explanation is not None:
             return explanation
         reason = "a kernel of its own deals with it before it gets to where calls are caught"
-    return _passed(op, op.dispatch(*args, **kwargs), full_name(overload), args, kwargs, reason)
+    return _stepped_aside(op, op.dispatch(*args, **kwargs), full_name(overload), args, kwargs, reason)
 
 
 def explanation_of_function(
@@ -207,15 +202,14 @@ def explanation_of_function(
     route = mode.route_of(native)
     if route is None:
         reason = "the mode's ops= leaves it out"
-        return _passed(native, native.impl, native.name, args, kwargs, reason)
-    explaining = _ExplainingRoute(native, native.callee, route.config, route.cache, route.orders)
+        return _stepped_aside(native, native.impl, native.name, args, kwargs, reason)
     with suspended():
-        return explaining.explained(native, (*native.outside(), *args), kwargs)
+        return _explained(native, route, (*native.outside(), *args), kwargs)
 
 
 def _explained_where_caught(
     mode: DispatchCompileMode,
-    explaining: _ExplainingRoute,
+    asking: _Asking,
     overload: OpOverload,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -223,11 +217,11 @@ def _explained_where_caught(
     on_stack = mode.on_torchs_stack() if mode.interception == EVERY_OP else nullcontext()
     try:
         with suspended(), without_modes(), on_stack, without_version_counting():
-            enter(cast("DispatchCompileMode", _StandIn({overload.name(): explaining})))
+            enter(cast("DispatchCompileMode", _AskingMode({overload.name(): asking})))
             overload(*args, **kwargs)
-    except _Explained:
+    except _Decided:
         pass
-    return explaining.explanation
+    return asking.explanation
 
 
 def _op_of(overload: OpOverload) -> Op | None:
@@ -249,118 +243,97 @@ def _why_not_caught(overload: OpOverload, route: Route, args: tuple[Any, ...], k
     return None
 
 
-class _Explained(BaseException):
+class _Decided(BaseException):
     """Ends the call. No Exception, lest code on the way takes it for a failure that it can deal with."""
 
 
 @dataclass
-class _StandIn:
+class _Asking:
+    """Stands where a mode's route is, and keeps what the call that comes there would come to."""
+
+    asked_of: Op
+    route: Route
+    explanation: Explanation | None = None
+    last: tuple[None, None] = (None, None)  # no short cut
+
+    def op(self) -> Op:
+        return self.asked_of
+
+    def run(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: object) -> NoReturn:
+        with suspended():
+            self.explanation = _explained(self.asked_of, self.route, args, kwargs)
+        raise _Decided
+
+
+@dataclass
+class _AskingMode:
     """As much of a mode as is looked at while the call is on its way."""
 
-    routes: dict[str, Route]
+    routes: dict[str, _Asking]
     trace: None = None
 
 
-class _ExplainingRoute(Route):
-    """Explains the call that it is to run, and ends it."""
-
-    explanation: Explanation | None = None
-
-    def run(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any], event: object) -> NoReturn:
-        op = self.op()
-        assert op is not None, "explanation_of() holds it"
-        with suspended():
-            self.explanation = self.explained(op, args, kwargs)
-        raise _Explained
-
-    def explained(self, op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Explanation:
-        impl = op.dispatch(*args, **kwargs)
-        callee = self.callee
-        passed = _passed(op, impl, callee.full_name, args[callee.parameters.hidden :], kwargs, None)
-        if impl.provider not in self.config.providers:
-            return replace(passed, reason=not_in_providers(impl.provider, self.config))
-        table = self.cache.existing_table(impl, self.config) or Table()
-        learned, why_new = table.learned, None
-        while True:
-            arguments = flatten(callee.parameters, args, kwargs, learned)
-            reason = (why_function_aside(arguments) if callee.is_function else None) or why_aside(arguments)
-            if reason is not None:
-                return replace(passed, reason=reason)
-            try:
-                if table.find(key_of(arguments), arguments) is None and not self.makes_nothing:
-                    self._learn_what_changes(table, arguments, learned)
-                return self._not_passed(passed, impl, table, arguments, why_new)
-            except Relearn as again:
-                learned, why_new = learned | again.more, again.why or why_new
-
-    def _not_passed(
-        self, passed: Explanation, impl: Impl, table: Table, arguments: Arguments, why_new: str | None
-    ) -> Explanation:
-        """The explanation of a call that the mode does not let pass."""
-        native = replace(passed, action=EAGER)
-        key = key_of(arguments)
-        known = table.find(key, arguments)
-        shared = None if known is None else known.why_aside(arguments)
-        if shared is not None:
-            return replace(passed, reason=shared)
-        if known is None and self.makes_nothing:
-            return replace(native, reason=FROZEN, raises=self.config.on_new == RAISE)
-        if known is None and captures_cuda_graph(arguments):
-            return replace(native, reason=IN_CUDA_GRAPH)
-        config = replace(self.config, on_new=COMPILE)
-        foreseer = _Foreseer(self.callee, config, self.counters, self.cache.artifacts, self.orders)
-        failed = background.failure(table, key)
-        made = known or failed or foreseer.make(impl, table, key, arguments, None)
-        if isinstance(made, str):
-            return replace(native, reason=made)
-        loaded = isinstance(made, Specialization) and isinstance(made.origin, Origin) and known is None
-        new = known is None and not loaded
-        has_failed = failed is not None or isinstance(made, CannotCompileNow)
-        if new and not has_failed and self.config.on_new == BACKGROUND:
-            return replace(native, reason=IN_BACKGROUND)
-        if isinstance(made, CannotCompile):
-            return replace(native, reason=str(made), raises=self.config.on_failure == "raise")
-        if made.code is None:
-            return replace(native, reason=made.failure, raises=made.fatal)
-        return replace(
-            passed,
-            action=COMPILED,
-            provider=impl.provider,
-            specialization=made.code.symbolic_shapes,
-            new=new,
-            loaded=loaded,
-            difference=(why_new or table.difference(made)) if new else None,
-            fuses=tuple(made.code.composition.fused),
-            not_fused=made.code.composition.left,
-            arguments=argument_components(arguments),
-            state=state_components(),
-            size_guard=made.guard,
-            guard=made.guarded_call(arguments, of_function=self.callee.is_function).__doc__,
-            graph=_graph_in_names(capture(impl, self.callee.parameters, arguments, self.config)),
-            generated_code=made.code.source,
-            generated_code_path=made.code.path,
-        )
+def _explained(op: Op, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Explanation:
+    """The explanation of a call that came to where calls are caught."""
+    maker, callee = route.maker, route.callee
+    impl = op.dispatch(*args, **kwargs)
+    aside = _stepped_aside(op, impl, callee.full_name, args[callee.parameters.hidden :], kwargs, None)
+    table = route.cache.existing_table(impl, route.config) or Table()
+    more, why_new = NOTHING_LEARNED, None
+    while True:
+        decision = decide(maker, impl, table, args, kwargs, more)
+        read = decision.read
+        outcome: Outcome | Specialization = decision.outcome
+        if read is not None:
+            if isinstance(outcome, Run | Load):
+                found = _compiled(aside, impl, maker, read.arguments, outcome.specialization)
+                return replace(found, loaded=isinstance(outcome, Load))
+            if isinstance(outcome, Make):
+                try:
+                    outcome = _foreseen(maker, impl, table, read)
+                except Relearn as again:
+                    more |= again.more
+                    why_new = again.why or why_new
+                    continue
+            if isinstance(outcome, Specialization):
+                difference = read.why_new or why_new or table.difference(outcome.components)
+                found = _compiled(aside, impl, maker, read.arguments, outcome)
+                return replace(found, new=True, difference=difference)
+        if isinstance(outcome, Aside):
+            return replace(aside, reason=outcome.reason)
+        assert isinstance(outcome, Eager | Failed), "what has code has been read"
+        return replace(aside, action=EAGER, reason=outcome.reason, raises=outcome.raises)
 
 
-class _Foreseer(Maker):
-    """Tells what it would load or make, and makes nothing."""
-
-    def load(
-        self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: object
-    ) -> Specialization | None:
-        return self.saved(impl, key, arguments)
-
-    def make_now(self, impl: Impl, table: Table, key: Hashable, arguments: Arguments, event: object) -> Made:
-        try:
-            with compiling():
-                return foresee(self.callee.name, impl, self.callee.parameters, arguments, self.config)
-        except CannotCompile as error:
-            return error
-        except NoCompiler as error:
-            return without_compiler(self.callee.name, error)
+def _foreseen(maker: Maker, impl: Impl, table: Table, read: Read) -> Made:
+    if maker.config.on_new != BACKGROUND:
+        return maker.foresee(impl, read.arguments)
+    failed: Made | None = background.failure(table, read.key)
+    return failed or Eager(IN_BACKGROUND)
 
 
-def _passed(
+def _compiled(
+    aside: Explanation, impl: Impl, maker: Maker, arguments: Arguments, specialization: Specialization
+) -> Explanation:
+    code = specialization.code
+    return replace(
+        aside,
+        action=COMPILED,
+        provider=impl.provider,
+        specialization=code.symbolic_shapes,
+        fuses=tuple(code.composition.fused),
+        not_fused=code.composition.left,
+        arguments=argument_components(arguments),
+        state=state_components(),
+        size_guard=specialization.guard,
+        guard=specialization.guarded_call(arguments, of_function=maker.callee.is_function).__doc__,
+        graph=_graph_in_names(capture(impl, maker.callee.parameters, arguments, maker.config)),
+        generated_code=code.source,
+        generated_code_path=code.path,
+    )
+
+
+def _stepped_aside(
     op: Op, impl: Impl, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str | None
 ) -> Explanation:
     """The explanation of a call that passes."""

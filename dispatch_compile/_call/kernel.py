@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._dispatch import hooks
-from .._dispatch.active import active_modes, bodies_watched, innermost_entry, traces_of
+from .._dispatch.active import Entry, active_modes, bodies_watched, innermost_entry, traces_of
 from .._specialize.callee import full_name
 from .._specialize.guards import MISS
 from .._torch.dispatch import OpOverload, hide_from_dynamo, profiler
@@ -25,9 +25,12 @@ def kernel_of(overload: OpOverload) -> Callable[..., Any]:
     entry, name = innermost_entry, overload.name()
 
     def kernel(keyset: Any, /, *args: Any, **kwargs: Any) -> Any:
-        mode = entry().untraced
+        entered = entry()
+        mode = entered.untraced
         if mode is not None and not profiler._is_profiler_enabled:
             route = mode.routes.get(name)
+            if route is None and entered.outside is not None:
+                route = route_outside(entered.outside, name)
             if route is not None:
                 op = route.op()
                 last, table = route.last
@@ -65,6 +68,16 @@ def _intercept(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs:
             return hooks.redispatch(overload, keyset, args, kwargs)
 
     return _watched(traces, calls, run)
+
+
+def route_outside(entry: Entry, name: Hashable) -> Route | None:
+    """The route of the innermost of the modes outside of one that does not catch what has this name."""
+    while entry.outside is not None and entry.untraced is not None:
+        route = entry.untraced.routes.get(name)
+        if route is not None:
+            return route
+        entry = entry.outside
+    return None
 
 
 def run_function(native: Native, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

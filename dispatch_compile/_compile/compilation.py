@@ -14,8 +14,6 @@ from .._ir.protocol import Impl
 from .._ir.references import NativeImpl
 from .._numerics.arithmetic import treatment
 from .._specialize.arguments import Arguments, Learned, Parameters, with_tokens
-from .._specialize.change import pattern_of
-from .._specialize.difference import components_of, in_names
 from .._specialize.guards import evaluated, holds
 from .._specialize.stand_ins import Relearn, StepAside
 from .._torch.capture import forget_shape_envs, guard_functions
@@ -48,6 +46,7 @@ def specialize(
     """Compile an implementation for a call's arguments.
 
     Raises:
+        StepAside: compiled code is not for this call, or not for this implementation.
         CannotCompile: it cannot be captured, or the backend failed.
         CannotCompileNow: the same, for lack of memory, disk space or the like.
         WrongReference: it was given to register_native, and its results are not what the op's own are.
@@ -58,12 +57,10 @@ def specialize(
         if wrong is not None:
             raise WrongReference(wrong)
         code = _code_for(impl, parameters, arguments, config)
-    except StepAside as reason:
-        return Specialization(None, components_of(arguments), pattern_of(arguments), failure=str(reason))
     except CannotCapture as error:
         _fix_numbers(arguments)
         raise _not_captured(name, impl, error) from error.__cause__
-    except WrongReference:
+    except (StepAside, WrongReference):
         raise
     except Exception as error:
         if not may_pass(error):
@@ -90,20 +87,15 @@ def foresee(
     """What :func:`specialize` would come to, as far as that can be told without compiling. Its code cannot be run.
 
     Raises:
-        CannotCompile: it cannot be captured.
+        StepAside, CannotCompile, Relearn: as :func:`specialize` does.
     """
-    components, pattern = components_of(arguments), pattern_of(arguments)
     try:
         captured = capture(impl, parameters, arguments, config)
-    except StepAside as reason:
-        return Specialization(None, components, pattern, failure=str(reason))
     except CannotCapture as error:
         raise _not_captured(name, impl, error) from error.__cause__
     finally:
         forget_shape_envs()
-    code = _code(captured, _not_compiled)
-    components = {**components, **code.composition.components()}
-    return Specialization(code, components, pattern, in_names(code.shape_guard, arguments))
+    return Specialization.of(_code(captured, _not_compiled), arguments, "it is not compiled")
 
 
 def _not_compiled(inputs: list[Any]) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What one key came to: code and the guards under which it may run, or why there is none."""
+"""What one key came to: code and the guards under which it may run, or that there is none."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .._torch.capture import guard_functions
 from .capture import float_tensor
 from .inlining import NO_CALLS, Composition
 from .layouts import restrided
+from .outcome import Aside, Eager, Failed
 from .program import Run
 from .surroundings import NOTHING_READ, Surroundings
 
@@ -51,60 +52,45 @@ class Code:
 
 @dataclass(frozen=True)
 class Specialization:
-    """What one key came to: code, or the reason why there is none.
+    """Code for one key, with the guards under which it may run.
 
     It refers to nothing of the implementation that it was made of, so that a cache can be keyed weakly by it.
     """
 
-    code: Code | None
+    code: Code
     components: Components  # what the key is made of, for people
     pattern: Pattern  # the same, leaf by leaf
-    guard: str | None = None  # what must hold of the dynamic sizes, in the parameters' names
-    failure: str | None = None
-    fatal: bool = False  # whether calls raise the failure
-    origin: object = "there is no code"  # what the code was made of, for who saves it
+    guard: str | None  # what must hold of the dynamic sizes, in the parameters' names
+    origin: object  # what the code was made of, for who saves it
 
     @staticmethod
     def of(code: Code, arguments: Arguments, origin: object) -> Specialization:
         """The specialization of such arguments, for which there is code."""
         guard = in_names(code.shape_guard, arguments)
         components = {**components_of(arguments), **code.composition.components()}
-        return Specialization(code, components, pattern_of(arguments), guard, origin=origin)
+        return Specialization(code, components, pattern_of(arguments), guard, origin)
 
     def admits(self, arguments: Arguments) -> bool:
         """Whether the guards hold, on dynamic sizes and on the ops called inside, for arguments that have the key."""
-        if self.code is None:
-            return True
         guard = self.code.shape_guard
         return self.code.is_valid() and holds(guard, arguments, guard_functions(guard))
 
     def why_not(self) -> str:
         """Why it does not serve a call that has its key."""
-        if self.code is None or self.code.is_valid():
+        if self.code.is_valid():
             return f"the sizes do not satisfy {self.guard}"
         if self.code.composition.holds():
             return f"{self.code.surroundings.changed()} has changed"
         return "what the dispatch of the ops inside goes by has changed"
 
-    @property
-    def writes(self) -> bool:
-        """Whether its code writes to arguments."""
-        return self.code is not None and bool(self.code.written)
-
     def why_aside(self, arguments: Arguments) -> str | None:
         """Why the code may not run for arguments that it admits; None if it may."""
-        written = () if self.code is None else self.code.written
+        written = self.code.written
         shared = sharing((leaf for leaf in arguments.tensors if leaf.source in written), arguments.tensors)
         return None if shared is None else f"{shared[0].name}, which is written, shares memory with {shared[1].name}"
 
     def guarded_call(self, arguments: Arguments, *, of_function: bool) -> GuardedCall:
-        """``call(args, kwargs)`` that runs the code for arguments like these, and gives MISS for any other.
-
-        Without code, it gives None for arguments like these.
-        """
-        if self.code is None:
-            several = [f"2 <= {leaf.source}.size(0)" for leaf in arguments.tensors if leaf.dynamic]
-            return guarded(arguments, " and ".join(several) or None, ["return None"], {}, of_function=of_function)
+        """``call(args, kwargs)`` that runs the code for arguments like these, and gives MISS for any other."""
         code = self.code
         composed = "composition_holds()" if code.composition.asked else None
         unchanged = "surroundings_hold()" if code.surroundings else None
@@ -116,6 +102,36 @@ class Specialization:
         changed = [f"changed({source})" for source in code.written if source in counted]
         result = [f"out = {code.call}", *changed, f"return {code.result}"]
         return guarded(arguments, guard, result, names, of_function=of_function)
+
+
+@dataclass(frozen=True)
+class NoCode:
+    """That there is no code for one key, and what its calls come to.
+
+    Attributes:
+        components: what the key is made of, for people.
+        pattern: the same, leaf by leaf.
+        outcome: what all calls that have the key come to.
+    """
+
+    components: Components
+    pattern: Pattern
+    outcome: Aside | Eager | Failed
+
+    @staticmethod
+    def of(arguments: Arguments, outcome: Aside | Eager | Failed) -> NoCode:
+        return NoCode(components_of(arguments), pattern_of(arguments), outcome)
+
+    def admits(self, arguments: Arguments) -> bool:
+        return True
+
+    def why_not(self) -> str:
+        return self.outcome.reason
+
+    def guarded_call(self, arguments: Arguments, *, of_function: bool) -> GuardedCall:
+        """``call(args, kwargs)`` that gives None for arguments like these, and MISS for any other."""
+        several = [f"2 <= {leaf.source}.size(0)" for leaf in arguments.tensors if leaf.dynamic]
+        return guarded(arguments, " and ".join(several) or None, ["return None"], {}, of_function=of_function)
 
 
 def _separate(code: Code, arguments: Arguments) -> list[str]:

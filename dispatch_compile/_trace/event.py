@@ -9,7 +9,7 @@ from .._compile.inlining import Composition
 
 COMPILED = "compiled"
 EAGER = "eager"
-PASSED = "passed"
+ASIDE = "aside"
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class TraceEvent(OpCall):
 
     Attributes:
         action: ``"compiled"``: compiled code ran; ``"eager"``: there is no compiled code for this call, and the op ran
-            eagerly; ``"passed"``: the call went on as if there were no mode.
+            eagerly; ``"aside"``: the call stepped aside, and ran as if there were no mode.
         reason: why it was not compiled; None when it was.
         provider: whose implementation ran: the provider that the op's dispatch chose, or ``"kernel"`` for the own
             kernel of an op of another library, which runs where the reference given for it is not compiled. None if
@@ -76,7 +76,7 @@ class TraceEvent(OpCall):
         compile_nanoseconds: how long it took, failures included.
     """
 
-    action: str = PASSED
+    action: str = ASIDE
     reason: str | None = None
     provider: str | None = None
     specialization: str | None = None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from .._basics.summary import Summary, TensorSummary
-from .event import COMPILED, EAGER, PASSED, OpCall, TraceEvent
+from .event import ASIDE, COMPILED, EAGER, OpCall, TraceEvent
 from .trace import Trace
 
 SCHEMA = "dispatch_compile.trace"
@@ -238,7 +238,7 @@ _CALL_FIELDS: dict[str, _Reader] = {
     "stack": _array(_STRING),
 }
 _EVENT_FIELDS: dict[str, _Reader] = {
-    "action": _checked(lambda value: value in (COMPILED, EAGER, PASSED), f"{COMPILED}, {EAGER} or {PASSED}"),
+    "action": _checked(lambda value: value in (COMPILED, EAGER, ASIDE), f"{COMPILED}, {EAGER} or {ASIDE}"),
     "reason": _or_null(_STRING),
     "provider": _or_null(_STRING),
     "specialization": _or_null(_STRING),

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .event import TraceEvent
 
 _NAMES = 2  # columns with text
-_COUNTED = ("calls", "compiled", "eager", "passed", "specializations")
+_COUNTED = ("calls", "compiled", "eager", "aside", "specializations")
 
 
 def table_of(events: Iterable[TraceEvent], *, markdown: bool, seconds: bool) -> str:

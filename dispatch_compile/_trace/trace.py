@@ -194,7 +194,7 @@ class Trace:
         return "\n".join(lines)
 
     def summary(self, *, markdown: bool = False, seconds: bool = True) -> str:
-        """A table, one row for each op and provider: calls, how many were compiled, eager and passed, specializations
+        """A table, one row for each op and provider: calls, how many were compiled, eager and aside, specializations
         made, and the seconds that compiling took.
 
         Args:
