@@ -13,7 +13,6 @@ import torch
 
 from .._basics.summary import Summary, TensorSummary
 from .event import ASIDE, COMPILED, EAGER, OpCall, TraceEvent
-from .trace import Trace
 
 SCHEMA = "dispatch_compile.trace"
 VERSION = 4  # goes up with every change of what a line may hold
@@ -24,8 +23,8 @@ class Recording:
     """What a file holds of a trace.
 
     Attributes:
-        all_ops: as in :class:`Trace`.
-        dropped: as in :class:`Trace`.
+        all_ops: whether it has every op.
+        dropped: how many calls were thrown away.
         calls: in the order in which they began.
     """
 
@@ -38,23 +37,22 @@ class _Malformed(Exception):
     """What is wrong with a line."""
 
 
-def write(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Write a trace to a file, which is replaced if it exists.
+def write(recording: Recording, path: str | os.PathLike[str]) -> None:
+    """Write a file, which is replaced if it exists.
 
     Raises:
         OSError: the file cannot be written.
     """
-    calls = trace.calls
     header = {
         "schema": SCHEMA,
         "version": VERSION,
         "torch": str(torch.__version__),
-        "all_ops": trace.all_ops,
-        "dropped": trace.dropped,
-        "calls": len(calls),
+        "all_ops": recording.all_ops,
+        "dropped": recording.dropped,
+        "calls": len(recording.calls),
     }
     with open(path, "w", encoding="ascii", newline="\n") as file:
-        for line in (header, *map(_line_of, calls)):
+        for line in (header, *map(_line_of, recording.calls)):
             file.write(f"{json.dumps(line)}\n")
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .event import OpCall, TraceEvent
-from .trace import Trace
 
 _PROCESS = 1
 _FIRST_THREAD = 2  # to Perfetto 0 is the idle task of Linux, and a process's own number its main thread
@@ -33,14 +32,13 @@ class _Slice(NamedTuple):
     details: dict[str, Any]
 
 
-def write(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Write a trace to a file, which is replaced if it exists.
+def write(calls: Sequence[OpCall], dropped: int, path: str | os.PathLike[str]) -> None:
+    """Write a file of a trace's calls, which is replaced if it exists; so many more were dropped.
 
     Raises:
         OSError: the file cannot be written.
     """
-    calls = trace.calls
-    document = {"otherData": {"dropped": trace.dropped}, "traceEvents": [*_names(calls), *_complete_events(calls)]}
+    document = {"otherData": {"dropped": dropped}, "traceEvents": [*_names(calls), *_complete_events(calls)]}
     text = json.dumps(document)
     with open(path, "w", encoding="ascii") as file:
         file.write(f"{text}\n")

@@ -20,6 +20,7 @@ import torch
 from .._basics.checks import check_bools, check_whole
 from .._basics.fork import freed_in_children
 from .._basics.summary import Summary, TensorNumbers, summary_of
+from . import files, perfetto
 from .event import OpCall, TraceEvent
 from .table import table_of
 
@@ -213,9 +214,7 @@ class Trace:
         Raises:
             OSError: the file cannot be written.
         """
-        from .files import write
-
-        write(self, path)
+        files.write(files.Recording(self.all_ops, self.dropped, self.calls), path)
         return Path(path)
 
     @classmethod
@@ -226,9 +225,7 @@ class Trace:
             OSError: the file cannot be read.
             ValueError: the file is not a whole trace, or of a newer version; the text says where, and what is wrong.
         """
-        from .files import read
-
-        recording = read(path)
+        recording = files.read(path)
         trace = cls(all_ops=recording.all_ops)
         trace._calls.extend(recording.calls)
         trace.dropped = recording.dropped
@@ -246,9 +243,7 @@ class Trace:
         Raises:
             OSError: the file cannot be written.
         """
-        from .perfetto import write
-
-        write(self, path)
+        perfetto.write(self.calls, self.dropped, path)
         return Path(path)
 
     def __len__(self) -> int:
