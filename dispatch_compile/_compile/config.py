@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -13,11 +13,11 @@ from .._ir.registry import known_ops
 from .._torch.inductor import inductor_option_type, inductor_options, known_backends
 
 ON_FAILURE = ("native", "raise")
-NO_EVICTION, LRU = "none", "lru"
+NO_EVICTION, LRU = EVICTION = ("none", "lru")
 COMPILE, BACKGROUND, NATIVE, RAISE = ON_NEW = ("compile", "background", "native", "raise")
 
 
-@dataclass(frozen=True, init=False, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class CompileConfig:
     """How implementations are compiled; part of the key under which compiled code is cached.
 
@@ -61,60 +61,35 @@ class CompileConfig:
         TypeError: an argument of the wrong type.
     """
 
-    backend: str | Callable[..., Any]
-    options: Mapping[str, Any]
-    bitwise: bool
-    providers: tuple[str, ...]
-    on_failure: str
-    on_new: str
-    max_specializations: int
-    eviction: str
-    _identity: tuple[Any, ...] = field(init=False, repr=False)
+    backend: str | Callable[..., Any] = field(default="inductor", compare=False)
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    bitwise: bool = field(default=False, compare=False)
+    providers: Collection[str] = field(default=("native",), compare=False)
+    on_failure: str = field(default="native", compare=False)
+    on_new: str = field(default=COMPILE, compare=False)
+    max_specializations: int = field(default=256, compare=False)
+    eviction: str = field(default=NO_EVICTION, compare=False)
+    _identity: tuple[Any, ...] = field(init=False, repr=False)  # what makes configurations equal
 
-    def __init__(
-        self,
-        *,
-        backend: str | Callable[..., Any] = "inductor",
-        options: Mapping[str, Any] | None = None,
-        bitwise: bool = False,
-        providers: Iterable[str] = ("native",),
-        on_failure: str = "native",
-        on_new: str = COMPILE,
-        max_specializations: int = 256,
-        eviction: str = NO_EVICTION,
-    ) -> None:
-        if on_failure not in ON_FAILURE:
-            raise ValueError(f"CompileConfig: on_failure must be one of {ON_FAILURE}, not {on_failure!r}")
-        if on_new not in ON_NEW:
-            raise ValueError(f"CompileConfig: on_new must be one of {ON_NEW}, not {on_new!r}")
-        if not isinstance(bitwise, bool):
-            raise TypeError(f"CompileConfig: bitwise must be True or False, not {bitwise!r}")
-        if not isinstance(max_specializations, int) or isinstance(max_specializations, bool):
-            raise TypeError(f"CompileConfig: max_specializations must be a number, not {max_specializations!r}")
-        if max_specializations < 1:
-            raise ValueError(f"CompileConfig: max_specializations must be 1 or more, not {max_specializations}")
-        if eviction not in (NO_EVICTION, LRU):
-            raise ValueError(f"CompileConfig: eviction must be one of {(NO_EVICTION, LRU)}, not {eviction!r}")
-        set_field = object.__setattr__  # the class is frozen
-        set_field(self, "backend", _checked_backend(backend))
-        set_field(self, "options", MappingProxyType(_checked_options(options, backend)))
-        if bitwise and backend != "inductor":
-            raise ValueError(f"CompileConfig: bitwise is for Inductor, but the backend is {backend!r}")
-        set_field(self, "bitwise", bitwise)
-        set_field(self, "providers", _checked_providers(providers))
-        set_field(self, "on_failure", on_failure)
-        set_field(self, "on_new", on_new)
-        set_field(self, "max_specializations", max_specializations)
-        set_field(self, "eviction", eviction)
-        set_field(self, "_identity", (backend, _frozen(self.options), bitwise, self.providers, on_failure))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, CompileConfig):
-            return NotImplemented
-        return bool(self._identity == other._identity)
-
-    def __hash__(self) -> int:
-        return hash(self._identity)
+    def __post_init__(self) -> None:
+        for name, choices in (("on_failure", ON_FAILURE), ("on_new", ON_NEW), ("eviction", EVICTION)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"CompileConfig: {name} must be one of {choices}, not {getattr(self, name)!r}")
+        if not isinstance(self.bitwise, bool):
+            raise TypeError(f"CompileConfig: bitwise must be True or False, not {self.bitwise!r}")
+        limit = self.max_specializations
+        if not isinstance(limit, int) or isinstance(limit, bool):
+            raise TypeError(f"CompileConfig: max_specializations must be a number, not {limit!r}")
+        if limit < 1:
+            raise ValueError(f"CompileConfig: max_specializations must be 1 or more, not {limit}")
+        _check_backend(self.backend)
+        if self.bitwise and self.backend != "inductor":
+            raise ValueError(f"CompileConfig: bitwise is for Inductor, but the backend is {self.backend!r}")
+        options = MappingProxyType(_checked_options(self.options, self.backend))
+        providers = _checked_providers(self.providers)
+        identity = (self.backend, _frozen(options), self.bitwise, providers, self.on_failure)
+        for name, value in (("options", options), ("providers", providers), ("_identity", identity)):
+            object.__setattr__(self, name, value)  # the class is frozen
 
 
 def not_in_providers(provider: str, config: CompileConfig) -> str:
@@ -134,20 +109,17 @@ def _checked_providers(providers: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def _checked_backend(backend: str | Callable[..., Any]) -> str | Callable[..., Any]:
+def _check_backend(backend: str | Callable[..., Any]) -> None:
     if callable(backend) or backend == "inductor":
-        return backend
+        return
     if not isinstance(backend, str):
         raise TypeError(f"CompileConfig: backend must be a name or a callable, not {backend!r}")
     known = known_backends()
     if backend not in known:
         raise ValueError(f"CompileConfig: unknown backend {backend!r}{_suggestion(backend, known)}")
-    return backend
 
 
-def _checked_options(options: Mapping[str, Any] | None, backend: str | Callable[..., Any]) -> dict[str, Any]:
-    if options is None:
-        return {}
+def _checked_options(options: Mapping[str, Any], backend: str | Callable[..., Any]) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise TypeError(f"CompileConfig: options must be a mapping, not {type(options).__name__}")
     if not options:
