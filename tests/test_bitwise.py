@@ -31,7 +31,7 @@ BF16, FP16, FP32 = DTYPES = torch.bfloat16, torch.float16, torch.float32
 FP8 = torch.float8_e4m3fn, torch.float8_e5m2
 MANY = (3, 7, 64, 1025)
 EQUAL = (0, 0)
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FIGURES = Path(__file__).parent.parent / "benchmarks" / "figures"
 
 
 def differences(mode: dc.DispatchCompileMode, op: Any, *args: Any) -> list[tuple[int, float]]:
@@ -299,7 +299,7 @@ def test_rough_inputs_are_rough():
 # ---- What is documented
 
 
-@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("numerics_*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(FIGURES.glob("numerics_*.json")), ids=lambda path: path.stem)
 def test_the_measured_results_are_equal_for_every_op_and_dtype(path):
     rows = numerics_results.read(path).rows
     assert {(row.op, row.dtype) for row in rows} == {(op, dtype) for op in CASES for dtype in ("bf16", "fp16", "fp32")}
