@@ -131,15 +131,9 @@ def _replaced(where: Any, name: str, value: Any) -> Mistake:
     return lambda patch: patch.setattr(where, name, value)
 
 
-def _key_without(part: int) -> Mistake:
+def _key_without(aspect: str) -> Mistake:
     """Leave out one of what the key of a tensor consists of."""
-    right = key.leaf_key
-
-    def wrong(leaf: Any) -> Any:
-        whole = right(leaf)
-        return (*whole[:part], *whole[part + 1 :]) if isinstance(leaf.value, torch.Tensor) else whole
-
-    return _replaced(key, "leaf_key", wrong)
+    return _replaced(key, "values", lambda facts: tuple(fact.value for fact in facts if fact.aspect != aspect))
 
 
 class _AlwaysTrue:
@@ -148,8 +142,8 @@ class _AlwaysTrue:
 
 
 MISTAKES: dict[str, tuple[str, Mistake]] = {
-    "the key leaves out sizes": ("returns_sizes", _key_without(2)),
-    "the key leaves out strides": ("reads_the_strides", _key_without(3)),
+    "the key leaves out sizes": ("returns_sizes", _key_without(key.SHAPE)),
+    "the key leaves out strides": ("reads_the_strides", _key_without(key.STRIDE)),
     "the guard leaves out tensors": (
         "reads_the_strides",
         _replaced(guards, "_tensor_guards", lambda tensors: _AlwaysTrue()),
@@ -160,11 +154,11 @@ MISTAKES: dict[str, tuple[str, Mistake]] = {
     ),
     "the guard leaves out scalars": (
         "arithmetic",
-        _replaced(guards, "_value_guard", lambda leaf, constant, scope: "True"),
+        _replaced(key, "_constant_guard", lambda leaf, constant: ""),
     ),
     "the guard leaves out scalars' types and signs": (
         "arithmetic",
-        _replaced(guards, "_value_guard", lambda leaf, constant, scope: f"{leaf.source} == {leaf.value!r}"),
+        _replaced(key, "_constant_guard", lambda leaf, constant: f"{leaf.source} == {leaf.value!r}"),
     ),
     "the guard leaves out what was assumed of the tokens": (
         "branches_on_the_tokens",

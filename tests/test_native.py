@@ -674,6 +674,21 @@ class TestDynamicSizes:
             handle.remove()
         assert inductor.cache.stats().compiles <= 3
 
+    def test_objects_of_another_class_are_told(self, mode):
+        class Doubling:
+            factor = 2
+
+            @dc.native
+            def scaled(self, hidden):
+                return hidden * self.factor
+
+        class Tripling(Doubling):
+            factor = 2
+
+        for kind in (Doubling, Tripling):
+            check(mode, kind().scaled, torch.randn(4, 3))
+        assert mode.trace.events[1].difference.startswith("self is ")
+
     def test_activations_that_are_given_are_obeyed(self, inductor):
         @dc.native(activations=["q"])
         def added(q, table):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._ir import registry
 from .._ir.protocol import implementations_tried, overloads, supports_args_of
+from .._specialize.key import Fact
 from .._torch.dispatch import OpOverload, QuietMode
 from .config import NATIVE, CompileConfig, not_in_providers
 from .predicates import Reads, Unclear, reads_of
@@ -91,10 +92,11 @@ class Composition:
         self._reads = tuple(reads for dispatch in dispatches for reads in dispatch.reads)
         self._told = generation, True  # whether, by this generation, it is the same of those that tell of changes
 
-    def components(self) -> dict[str, str]:
+    def components(self) -> dict[str, Fact]:
         """The same, for people, by name."""
-        fused = {f"{name}'s call": f"fused ({provider})" for name, provider in self.fused.items()}
-        return {**fused, **{f"{name}'s call": "not fused" for name in self.left}}
+        became = {name: f"fused ({provider})" for name, provider in self.fused.items()}
+        became.update(dict.fromkeys(self.left, "not fused"))
+        return {f"{name}'s call": Fact("call", text) for name, text in became.items()}
 
     def holds(self) -> bool:
         """Whether the same would become of them now; called with every call of the compiled code."""

@@ -104,15 +104,13 @@ class Step:
     name: str
     holder: str = ""
 
-    def code(self, source: str) -> str:
-        """The expression that reads it, where ``source`` is the object."""
-        return f"{source}.{self.holder}[{self.name!r}]" if self.holder else f"{source}.{self.name}"
-
-    def code_where_absent(self, source: str) -> str:
-        """The same, which gives :data:`ABSENT` if there is no such thing."""
+    def code(self, source: str, *, absent: bool = False) -> str:
+        """The expression that reads it, where ``source`` is the object; if ``absent``, one that gives :data:`ABSENT`
+        where there is no such thing."""
+        name = repr(self.name)
         if self.holder:
-            return f"{source}.{self.holder}.get({self.name!r}, ABSENT)"
-        return f"getattr({source}, {self.name!r}, ABSENT)"
+            return f"{source}.{self.holder}.get({name}, ABSENT)" if absent else f"{source}.{self.holder}[{name}]"
+        return f"getattr({source}, {name}, ABSENT)" if absent else f"{source}.{self.name}"
 
     def read(self, value: Any) -> Any:
         """What it leads to; :data:`ABSENT` if there is no such thing."""
@@ -181,6 +179,13 @@ class Leaf:
     def is_dynamic_number(self) -> bool:
         return self.dynamic and not self.is_tensor
 
+    @property
+    def may_be_dynamic(self) -> bool:
+        """Whether code may serve others; none and one are no sizes that do."""
+        if self.is_tensor:
+            return bool(self.value.dim() and self.value.size(0) >= 2)
+        return type(self.value) in (int, float)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -201,21 +206,21 @@ class Group:
     items: tuple[Node, ...]
     owner: Any = None
 
-    @property
-    def leaves(self) -> Iterator[Leaf]:
-        for item in self.items:
-            yield from leaves_of(item)
-
 
 Node = Leaf | Group
 
 
+def nodes_of(node: Node) -> Iterator[Node]:
+    """An argument and all that is in it, in order."""
+    yield node
+    if isinstance(node, Group):
+        for item in node.items:
+            yield from nodes_of(item)
+
+
 def leaves_of(node: Node) -> Iterator[Leaf]:
     """The leaves of an argument, in order."""
-    if isinstance(node, Leaf):
-        yield node
-    else:
-        yield from node.leaves
+    return (each for each in nodes_of(node) if isinstance(each, Leaf))
 
 
 @dataclass(frozen=True)
@@ -238,16 +243,19 @@ Rebuild = Callable[[Group, Mapping[Any, Any]], Any]
 
 @dataclass(frozen=True)
 class Arguments:
-    """A call's arguments as leaves."""
+    """A call's arguments as leaves, and the groups that those are in."""
 
     roots: tuple[Root, ...]
+    nodes: tuple[Node, ...] = field(init=False)
     leaves: tuple[Leaf, ...] = field(init=False)
     tensors: tuple[Leaf, ...] = field(init=False)
     dynamic_numbers: tuple[Leaf, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        leaves = tuple(leaf for root in self.roots for leaf in leaves_of(root.node))
+        nodes = tuple(node for root in self.roots for node in nodes_of(root.node))
+        leaves = tuple(node for node in nodes if isinstance(node, Leaf))
         set_field = object.__setattr__  # the class is frozen
+        set_field(self, "nodes", nodes)
         set_field(self, "leaves", leaves)
         set_field(self, "tensors", tuple(leaf for leaf in leaves if leaf.is_tensor))
         set_field(self, "dynamic_numbers", tuple(leaf for leaf in leaves if leaf.is_dynamic_number))
@@ -331,6 +339,9 @@ def read(parameters: Parameters, learned: Learned, name: str, value: Any) -> Nod
     return _Reader(parameters, learned).node(name, "a", "a", value, None)
 
 
+_Read = tuple[Any, str, str, Any]  # of what is in a group: its key, name, expression and value
+
+
 @dataclass(frozen=True)
 class _Reader:
     parameters: Parameters
@@ -341,53 +352,39 @@ class _Reader:
         return self.node(name, f"a{index}", f"a{index}", value, name)
 
     def node(self, name: str, source: str, read: str, value: Any, parameter: str | None) -> Node:
-        if isinstance(value, (torch.Tensor, *CONSTANTS)):
+        group = None if isinstance(value, (torch.Tensor, *CONSTANTS)) else self._group(name, source, value)
+        if group is None:
             return self._leaf(name, source, read, value, parameter)
-        if isinstance(value, (list, tuple)):
-            kinds = (type(value),) if self.parameters.objects else (list, tuple)
-            reads = [(i, f"{name}[{i}]", f"{source}[{i}]", item) for i, item in enumerate(value)]
-            return self._group(name, source, read, kinds, reads, None, parameter)
-        if self.parameters.objects:
-            if type(value) in (dict, OrderedDict) and all(type(key) in (str, int) for key in value):
-                reads = [(key, f"{name}[{key!r}]", f"{source}[{key!r}]", item) for key, item in value.items()]
-                return self._group(name, source, read, (type(value),), reads, None, parameter)
-            if is_readable(value):
-                steps = sorted(step for of, step in self.learned.reads if of == name)
-                attributes: list[tuple[Any, str, str, Any]] = []
-                held = {step.name for step in steps if step.holder and step.read(value) is not ABSENT}
-                for step in steps:
-                    if step.name in held and not step.holder:  # it would lead to the same
-                        continue
-                    item = step.read(value)
-                    code = step.code_where_absent if item is ABSENT else step.code
-                    attributes.append((step, f"{name}.{step.name}", code(source), item))
-                return self._group(name, source, read, (type(value),), attributes, value, parameter)
-        return self._leaf(name, source, read, value, parameter)
-
-    def _group(
-        self,
-        name: str,
-        source: str,
-        read: str,
-        kinds: tuple[type, ...],
-        reads: Sequence[tuple[Any, str, str, Any]],
-        owner: Any,
-        parameter: str | None,
-    ) -> Group:
+        kinds, owner, reads = group
         items = tuple(
             self.node(item_name, f"{source}_{i}", item_read, item, parameter)
             for i, (_, item_name, item_read, item) in enumerate(reads)
         )
         return Group(name, source, read, kinds, tuple(key for key, *_ in reads), items, owner)
 
+    def _group(self, name: str, source: str, value: Any) -> tuple[tuple[type, ...], Any, list[_Read]] | None:
+        """Kinds and owner of the group that a value is, and what is in it; None if it is read as one leaf."""
+        objects, kinds = self.parameters.objects, (type(value),)
+        if isinstance(value, (list, tuple)):
+            reads = [(i, f"{name}[{i}]", f"{source}[{i}]", item) for i, item in enumerate(value)]
+            return kinds if objects else (list, tuple), None, reads
+        if objects and type(value) in (dict, OrderedDict) and all(type(key) in (str, int) for key in value):
+            return kinds, None, [(k, f"{name}[{k!r}]", f"{source}[{k!r}]", item) for k, item in value.items()]
+        return (kinds, value, [*self._attributes(name, source, value)]) if objects and is_readable(value) else None
+
+    def _attributes(self, name: str, source: str, value: Any) -> Iterator[_Read]:
+        steps = sorted(step for of, step in self.learned.reads if of == name)
+        held = {step.name for step in steps if step.holder and step.read(value) is not ABSENT}
+        for step in steps:
+            if step.holder or step.name not in held:  # else both would lead to the same
+                item = step.read(value)
+                yield step, f"{name}.{step.name}", step.code(source, absent=item is ABSENT), item
+
     def _leaf(self, name: str, source: str, read: str, value: Any, parameter: str | None) -> Leaf:
-        activation = parameter in self.parameters.activations
-        known = activation or name in self.learned.dynamic
-        if isinstance(value, torch.Tensor):
-            dynamic = known and value.dim() > 0 and value.size(0) >= 2
-        else:
-            dynamic = type(value) in (int, float) and name in self.learned.dynamic - self.learned.fixed
-        return Leaf(name, source, read, value, activation, dynamic)
+        leaf = Leaf(name, source, read, value, parameter in self.parameters.activations, dynamic=False)
+        learned = self.learned.dynamic if leaf.is_tensor else self.learned.dynamic - self.learned.fixed
+        known = name in learned or (leaf.activation and leaf.is_tensor)
+        return replace(leaf, dynamic=True) if known and leaf.may_be_dynamic else leaf
 
 
 def is_readable(value: Any) -> bool:
@@ -473,9 +470,7 @@ def activations_with_tokens(
 
 def of_zeros(arguments: Arguments, devices: Sequence[torch.device]) -> Arguments:
     """The same arguments with tensors of zeros, which are laid out as those given are, on these devices."""
+    tensors = zip(arguments.tensors, devices, strict=True)
     return arguments.with_tensors(
-        [
-            with_tokens(leaf, leaf.value.size(0) if leaf.dynamic else 0, device)
-            for leaf, device in zip(arguments.tensors, devices, strict=True)
-        ]
+        [with_tokens(leaf, leaf.value.size(0) if leaf.dynamic else 0, device) for leaf, device in tensors]
     )

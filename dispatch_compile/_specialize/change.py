@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
-from .._torch.dispatch import global_state
-from .arguments import Arguments, Leaf, strides
-from .key import leaf_key
+from .arguments import Arguments, Leaf
+from .key import SHAPE, STRIDE, facts_of, state_facts, values
 
 
 @dataclass(frozen=True)
@@ -18,33 +15,24 @@ class Pattern:
 
     Attributes:
         state: the thread's state and torch's.
-        exact: by leaf, what the key has of it.
-        wide: by leaf, what is left of that if dimension 0, or the number, is dynamic.
+        kept: by leaf, what code for any size in dimension 0, or any number, has of it.
+        rest: by leaf, all of it.
     """
 
     state: Hashable
-    exact: Mapping[str, Hashable]
-    wide: Mapping[str, Hashable]
+    kept: Mapping[str, Hashable]
+    rest: Mapping[str, Hashable]
 
 
 def pattern_of(arguments: Arguments) -> Pattern:
     """What a specialization for these arguments would be made for."""
-    return Pattern(
-        (global_state(), torch.is_inference_mode_enabled()),
-        {leaf.name: leaf_key(leaf) for leaf in arguments.leaves},
-        {leaf.name: _wide(leaf) for leaf in arguments.leaves},
-    )
+    rest = {leaf.name: values(facts_of(leaf)) for leaf in arguments.leaves}
+    return Pattern(values(state_facts()), {leaf.name: _kept(leaf) for leaf in arguments.leaves}, rest)
 
 
-def _wide(leaf: Leaf) -> Hashable:
-    value = leaf.value
-    if not isinstance(value, torch.Tensor):
-        return ("any", type(value)) if type(value) in (int, float) else leaf_key(leaf)
-    if not value.dim():
-        return leaf_key(leaf)
-    steps = strides(replace(leaf, dynamic=True)) if value.size(0) >= 2 else value.stride()
-    rest = (tuple(value.shape[1:]), steps[1:])
-    return (value.dtype, value.device, rest, value.requires_grad, value.is_inference())
+def _kept(leaf: Leaf) -> Hashable:
+    facts = facts_of(replace(leaf, dynamic=leaf.may_be_dynamic))
+    return tuple(fact.value[1:] if fact.aspect in (SHAPE, STRIDE) else fact.value for fact in facts)
 
 
 def newly_dynamic(arguments: Arguments, made: Iterable[Pattern], *, sizes: bool, floats: bool) -> frozenset[str]:
@@ -58,14 +46,12 @@ def newly_dynamic(arguments: Arguments, made: Iterable[Pattern], *, sizes: bool,
         floats: whether floating-point numbers do, as integers. It takes two other values: many a number has two.
     """
     new = pattern_of(arguments)
-    alike = [old for old in made if (old.state, old.wide) == (new.state, new.wide)]
+    alike = [old for old in made if (old.state, old.kept) == (new.state, new.kept)]
     found = set()
     for leaf in arguments.leaves:
-        others = {old.exact[leaf.name] for old in alike} - {new.exact[leaf.name]}
-        if leaf.is_tensor:
-            if sizes and others and not leaf.dynamic and leaf.value.size(0) >= 2:
-                found.add(leaf.name)
-        elif len(others) >= 2 and not leaf.dynamic and (floats or type(leaf.value) is int):
+        others = {old.rest[leaf.name] for old in alike} - {new.rest[leaf.name]}
+        enough = sizes and others if leaf.is_tensor else (floats or type(leaf.value) is int) and len(others) >= 2
+        if enough and leaf.may_be_dynamic and not leaf.dynamic:
             found.add(leaf.name)
     return frozenset(found)
 

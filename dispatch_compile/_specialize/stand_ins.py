@@ -104,17 +104,8 @@ def _stand_in(real: Any, name: str, value_of: Callable[[Step], Any]) -> Any:
     def no_attribute(self: Any, attribute: str) -> Any:
         raise AttributeError(f"{kind.__name__!r} object has no attribute {attribute!r}")
 
-    stand_in = type(
-        kind.__name__,
-        (kind,),
-        {
-            "__getattribute__": getattribute,
-            "__getattr__": no_attribute,
-            "__setattr__": setattribute,
-            "__delattr__": setattribute,
-            "__module__": kind.__module__,
-        },
-    )
+    own = {"__getattribute__": getattribute, "__getattr__": no_attribute, "__module__": kind.__module__}
+    stand_in = type(kind.__name__, (kind,), {**own, "__setattr__": setattribute, "__delattr__": setattribute})
     return object.__new__(stand_in)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
@@ -178,10 +179,16 @@ def without_version_counting() -> AbstractContextManager[Any]:
     return guard
 
 
-def global_state() -> str:
-    """The global state that changes what is captured, as JSON text: torch.compile's snapshot, and what is not in it."""
-    state = json.loads(GlobalStateGuard().__getstate__())  # type: ignore[attr-defined]  # missing in torch's stub
-    return json.dumps({**state, "inexact_matmul_precision": inexact_matmul_precision()})
+def global_state() -> tuple[tuple[str, Hashable], ...]:
+    """The global state that changes what is captured, by name: torch.compile's snapshot, and what is not in it."""
+    snapshot = GlobalStateGuard().__getstate__()  # type: ignore[attr-defined]  # missing in torch's stub
+    return (*_read_snapshot(snapshot), ("inexact_matmul_precision", inexact_matmul_precision()))
+
+
+@lru_cache(maxsize=64)
+def _read_snapshot(snapshot: str) -> tuple[tuple[str, Hashable], ...]:
+    state = json.loads(snapshot)
+    return tuple((name, str(value) if isinstance(value, dict) else value) for name, value in state.items())
 
 
 def inexact_matmul_precision() -> str | None:
