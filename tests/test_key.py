@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -216,3 +217,59 @@ def test_every_fact_is_told():
     facts = [fact for leaf in arguments.leaves for fact in facts_of(leaf)] + list(state_facts())
     assert list(told.values()) == [fact.text for fact in facts]
     assert set(components_of(arguments)) - set(told) == {"x", "x's keys", "y", "y's keys"}
+
+
+# ---- The nearest of several specializations is the one that differs in fewest facts
+
+
+def strided(*shape_and_row: int, **options: Any) -> Tensor:
+    *shape, row = shape_and_row
+    return torch.zeros(4096, **options).as_strided(tuple(shape), (row, 1))
+
+
+def inference(*shape: int) -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(shape)
+
+
+NEAREST: dict[str, tuple[list[Callable[[], Tensor]], str]] = {
+    "stride": (
+        [lambda: strided(4, 16, 64), lambda: strided(3, 8, 128), lambda: strided(4, 16, 128)],
+        "x's stride is [128, 1], was [64, 1]",
+    ),
+    "stride that follows from another shape": (
+        [lambda: strided(4, 16, 64), lambda: torch.ones(3, 8), lambda: torch.ones(4, 16)],
+        "x's stride is [16, 1], was [64, 1]",
+    ),
+    "dtype": (
+        [lambda: torch.ones(4, 16), lambda: torch.ones(3, 8).double(), lambda: torch.ones(4, 16).double()],
+        "x is f64, was f32",
+    ),
+    "dtype and stride": (
+        [lambda: strided(4, 16, 64), lambda: torch.ones(3, 8), lambda: strided(4, 16, 128).double()],
+        "x is f64, was f32; x's stride is [16, 1], was [64, 1]",
+    ),
+    "device": (
+        [lambda: torch.ones(4, 16), lambda: torch.ones(3, 8, device="meta"), lambda: torch.ones(4, 16, device="meta")],
+        "x's device is meta, was cpu",
+    ),
+    "requires_grad": (
+        [
+            lambda: torch.ones(4, 16),
+            lambda: torch.ones(3, 8, requires_grad=True),
+            lambda: torch.ones(4, 16, requires_grad=True),
+        ],
+        "x's requires_grad is True, was False",
+    ),
+    "inference tensor": (
+        [lambda: torch.ones(4, 16), lambda: inference(3, 8), lambda: inference(4, 16)],
+        "x's is_inference() is True, was False",
+    ),
+}
+
+
+@pytest.mark.parametrize("aspect", NEAREST)
+def test_the_nearest_differs_in_fewest_facts(aspect):
+    makes, expected = NEAREST[aspect]
+    *others, new = (components_of(Reading(tokens=True).of((make(),))) for make in makes)
+    assert difference(new, [(other, "") for other in others]) == expected

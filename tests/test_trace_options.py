@@ -118,6 +118,26 @@ x's shape is [s0], was []""",
     )
 
 
+def test_a_stride_hidden_by_a_shape_is_compared_with_the_nearest(scale):
+    """Contiguous tensors of other sizes have other strides for that reason alone, which is not told, but counts."""
+    mode, x = tracing(), torch.ones(8, 256)
+    with mode:
+        scale(x.as_strided((4, 16), (64, 1)))
+        scale(torch.ones(3, 8))
+        scale(torch.ones(4, 16))
+        scale(x.as_strided((4, 8), (128, 1)))
+        scale(x.as_strided((4, 16), (128, 1)))
+    assert_expected_inline(
+        "\n".join(str(event.difference) for event in mode.trace.events),
+        """\
+None
+x's shape is [s0, 8], was [s0, 16]; x's stride is [8, 1], was [64, 1]
+x's stride is [16, 1], was [64, 1]
+x's stride is [128, 1], was [8, 1]
+x's stride is [128, 1], was [16, 1]""",
+    )
+
+
 def test_call_sites(opaque):
     mode = tracing(stacks=True)
 

@@ -62,12 +62,13 @@ def _contiguous(shape: Fact, stride: Fact) -> bool:
 
 
 def _distance(differences: Differences) -> tuple[int, ...]:
-    """How far one is from the other: first by what there is to tell, last by how many sizes and strides differ."""
+    """How far one is from the other: first by what there is to tell, then by all that differs, such as strides that
+    follow from a shape, where a shape counts for more than a stride, and last by how many sizes and strides differ."""
     told = _told(differences)
     not_given = sum(NOT_GIVEN in pair for _, pair in told)
     shapes, strides = ([pair for name, pair in told if name.endswith(f"'s {of}")] for of in (SHAPE, STRIDE))
     layouts = [pair for now, before in shapes + strides for pair in zip_longest(now.value, before.value)]
-    return len(told), not_given, sum(now != before for now, before in layouts)
+    return len(told), not_given, len(differences), len(shapes), sum(now != before for now, before in layouts)
 
 
 def components_of(arguments: Arguments) -> dict[str, Fact]:
