@@ -674,6 +674,22 @@ class TestDynamicSizes:
             handle.remove()
         assert inductor.cache.stats().compiles <= 3
 
+    def test_another_stride_is_not_another_token_count(self, mode):
+        @dc.native
+        def doubled(hidden):
+            return hidden * 2
+
+        memory = torch.randn(8, 256)
+        for rows in (64, 128, 192):
+            check(mode, doubled, memory.as_strided((4, 16), (rows, 1)))
+        check(mode, doubled, memory.as_strided((3, 16), (192, 1)))
+        assert [event.difference for event in mode.trace.events] == [
+            None,
+            "hidden's stride is [128, 1], was [64, 1]",
+            "hidden's stride is [192, 1], was [128, 1]",
+            "hidden dynamic since the second token count",
+        ]
+
     def test_objects_of_another_class_are_told(self, mode):
         class Doubling:
             factor = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from .arguments import Arguments, Leaf
+from .arguments import Arguments, Leaf, sizes
 from .key import SHAPE, STRIDE, facts_of, state_facts, values
 
 
@@ -16,7 +16,7 @@ class Pattern:
     Attributes:
         state: the thread's state and torch's.
         kept: by leaf, what code for any size in dimension 0, or any number, has of it.
-        rest: by leaf, all of it.
+        rest: by leaf, the size in dimension 0, or the number.
     """
 
     state: Hashable
@@ -26,7 +26,7 @@ class Pattern:
 
 def pattern_of(arguments: Arguments) -> Pattern:
     """What a specialization for these arguments would be made for."""
-    rest = {leaf.name: values(facts_of(leaf)) for leaf in arguments.leaves}
+    rest = {leaf.name: sizes(leaf)[:1] if leaf.is_tensor else values(facts_of(leaf)) for leaf in arguments.leaves}
     return Pattern(values(state_facts()), {leaf.name: _kept(leaf) for leaf in arguments.leaves}, rest)
 
 
