@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import TAKES_VECTORS_FOR_GRANTED
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -46,6 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop(FOLDER_VARIABLE, None)  # code that was saved elsewhere would be run in place of what is tested
+    # Inductor need not try which vector instructions the CPU has: that takes each process of the tests a second, and 9
+    # where Inductor's cache is empty.
+    os.environ.setdefault(TAKES_VECTORS_FOR_GRANTED, "1")
+    # Workers have as many threads each as there are cores: those that wait are not to keep the others from running.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if config.getoption("--interception") == "every op":
         from dispatch_compile import _mode
 
