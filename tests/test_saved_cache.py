@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import printed_by
 from torch import Tensor
 
 import dispatch_compile as dc
@@ -230,8 +231,7 @@ def run_composition(
 ) -> list[str]:
     program = COMPOSITION.replace("ADDED", str(added)).replace("CALLED", called).replace("PROVIDERS", str(providers))
     program = program.replace("LIMIT = 64", f"LIMIT = {limit}")
-    command = [sys.executable, "-c", program, task, str(path), *priority]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return printed_by(program, [task, str(path), *priority]).splitlines()
 
 
 @pytest.fixture(scope="module")
