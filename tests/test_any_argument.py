@@ -28,6 +28,8 @@ from dispatch_compile import _capture
 from dispatch_compile._callee import full_name
 from dispatch_compile._specialize import guards, key
 
+pytestmark = pytest.mark.run_once
+
 ASKED_FOR = os.environ.get("DISPATCH_COMPILE_EXAMPLES")
 EXAMPLES = int(ASKED_FOR or 2000)
 CHEAP = {native.__name__ for native in [*COMPILED, *NEVER_COMPILED]}

@@ -29,6 +29,8 @@ from dispatch_compile._specialize.arguments import Arguments, Parameters, flatte
 from dispatch_compile._specialize.key import key_of
 from dispatch_compile._torch_private import TritonLaunch
 
+pytestmark = pytest.mark.run_once
+
 OP = dc.ops.silu_and_mul
 
 

@@ -17,6 +17,8 @@ from dispatch_compile.bench.measure import run
 from dispatch_compile.bench.progress import Progress
 from dispatch_compile.bench.results import Settings
 
+pytestmark = pytest.mark.run_once
+
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 TINY = ("bench", "--device", "cpu", "--hidden", "512", "--no-compile-times")

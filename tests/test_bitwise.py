@@ -25,6 +25,8 @@ from dispatch_compile.bench import numerics_results
 from dispatch_compile.bench.cases import CASES, Case, Inputs, RoughInputs, Sizes, tensors
 from dispatch_compile.bench.ulps import Distance
 
+pytestmark = pytest.mark.run_once
+
 BITWISE = dc.CompileConfig(bitwise=True)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 BF16, FP16, FP32 = DTYPES = torch.bfloat16, torch.float16, torch.float32

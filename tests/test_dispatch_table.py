@@ -19,6 +19,8 @@ from torch import Tensor
 
 import dispatch_compile as dc
 
+pytestmark = pytest.mark.run_once
+
 IR_OPS = {overload.name() for name in dc.ops.__all__ for overload in dc._registry.overloads(getattr(dc.ops, name))}
 FOREIGN_OPS = {f"{NAMESPACE}::{name}" for name in [*KERNELS_OF_LIBRARY_OPS, *CUSTOM_OPS]}
 # A call of the one never reaches BackendSelect, the other has a kernel there.

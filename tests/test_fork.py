@@ -20,7 +20,7 @@ from support import EAGER
 import dispatch_compile as dc
 from dispatch_compile import _cache, _fork
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.run_once, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 NEW, REUSED = "compiled, new", "compiled, reused"
 

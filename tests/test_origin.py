@@ -19,6 +19,8 @@ import dispatch_compile as dc
 from dispatch_compile import _origin
 from dispatch_compile._origin import CannotSave, Origin, environment, now, origin_of
 
+pytestmark = pytest.mark.run_once
+
 ADDED = 1.0
 CONSTANTS = types.ModuleType("constants")
 CONSTANTS.added = 1.0

@@ -15,6 +15,8 @@ from torch import Tensor
 
 import dispatch_compile as dc
 
+pytestmark = pytest.mark.run_once
+
 PROGRAM = """if True:
     import sys
     import torch

@@ -17,6 +17,8 @@ from dispatch_compile.bench import soak_results
 from dispatch_compile.bench.soak_calls import activities
 from dispatch_compile.bench.soak_results import Memory, Results
 
+pytestmark = pytest.mark.run_once
+
 
 @pytest.fixture(autouse=True)
 def number_of_threads() -> Iterator[None]:
