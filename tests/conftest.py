@@ -20,6 +20,7 @@ from dispatch_compile._artifacts import FOLDER_VARIABLE
 
 _serial = itertools.count()
 OPAQUE_NAMESPACE = "dispatch_compile_test"
+AUTO_WORKERS, MOST_WORKERS = "PYTEST_XDIST_AUTO_NUM_WORKERS", 6
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -34,6 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, skip in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Else a worker is alone with one of them at the end. On one core they stay where they are.
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +47,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="selective",
         help="how modes see calls whose trace does not ask for every op (see CONTRIBUTING.md)",
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """For ``-n auto``: none to run one file, whose tests stay together; else one for each core that this process may
+    use, hyperthreads included, up to what memory is good for."""
+    if AUTO_WORKERS in os.environ:
+        return None  # as xdist has it
+    files = {name.partition("::")[0] for name in config.args}
+    if len(files) == 1 and files.pop().endswith(".py"):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -25,7 +25,7 @@ from dispatch_compile.bench.cases import CASES, Inputs, Sizes
 from dispatch_compile.bench.sweep_results import DEFAULT, faults_of
 from dispatch_compile.bench.ulps import Distance
 
-pytestmark = pytest.mark.run_once
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
 
 BF16, FP16, FP32 = DTYPES = torch.bfloat16, torch.float16, torch.float32
 

@@ -25,7 +25,7 @@ from dispatch_compile.bench import numerics_results
 from dispatch_compile.bench.cases import CASES, Case, Inputs, RoughInputs, Sizes, tensors
 from dispatch_compile.bench.ulps import Distance
 
-pytestmark = pytest.mark.run_once
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
 
 BITWISE = dc.CompileConfig(bitwise=True)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]

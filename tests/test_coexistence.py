@@ -30,6 +30,7 @@ import dispatch_compile as dc
 Call = Callable[..., Any]
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.selective,
     pytest.mark.filterwarnings(  # what torch warns of without a mode too
         "ignore:.*an autograd kernel was not registered",

@@ -27,7 +27,7 @@ from torch import Tensor
 import dispatch_compile as dc
 from dispatch_compile._postponed import may_pass
 
-pytestmark = pytest.mark.run_once
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
 
 FOLDERS = "Inductor writes to the folders that the environment variables TORCHINDUCTOR_CACHE_DIR and TMPDIR name"
 

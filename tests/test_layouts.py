@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dispatch_compile as dc
 
-pytestmark = pytest.mark.run_once
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
 
 TOKENS = (7, 2, 30, 3, 1, 0)
 

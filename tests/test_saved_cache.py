@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dispatch_compile as dc
 
-pytestmark = pytest.mark.run_once
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
 
 PROGRAM = """if True:
     import sys
