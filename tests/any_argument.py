@@ -486,7 +486,7 @@ def calls_of_few_specializations(draw: Any, subjects: Mapping[str, Subject]) -> 
     """A call out of a few, but for what compiled code leaves dynamic, or steps aside for."""
     name, tokens, arguments = draw(st.sampled_from(_FEW))
     varied = {name: draw(_variations(value)) for name, value in arguments.items()}
-    state = draw(st.sampled_from([frozenset()] * 8 + [frozenset({"autocast"}), frozenset({"forward AD"})]))
+    state = draw(st.sampled_from([frozenset()] * 12 + [frozenset({"autocast"}), frozenset({"forward AD"})]))
     return Call(subjects[name], draw(st.sampled_from(tokens)), varied, state)
 
 

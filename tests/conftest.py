@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import TAKES_VECTORS_FOR_GRANTED
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,6 +20,7 @@ from dispatch_compile._saved.artifacts import FOLDER_VARIABLE
 
 _serial = itertools.count()
 OPAQUE_NAMESPACE = "dispatch_compile_test"
+AUTO_WORKERS, MOST_WORKERS = "PYTEST_XDIST_AUTO_NUM_WORKERS", 6
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,6 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, skip in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Else a worker is alone with one of them at the end. On one core they stay where they are.
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,8 +49,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """For ``-n auto``: none to run one file, whose tests stay together; else one for each core that this process may
+    use, hyperthreads included, up to what memory is good for."""
+    if AUTO_WORKERS in os.environ:
+        return None  # as xdist has it
+    files = {name.partition("::")[0] for name in config.args}
+    if len(files) == 1 and files.pop().endswith(".py"):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop(FOLDER_VARIABLE, None)  # code that was saved elsewhere would be run in place of what is tested
+    # Inductor need not try which vector instructions the CPU has: that takes each process of the tests a second, and 9
+    # where Inductor's cache is empty.
+    os.environ.setdefault(TAKES_VECTORS_FOR_GRANTED, "1")
+    # Workers have as many threads each as there are cores: those that wait are not to keep the others from running.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if config.getoption("--interception") == "every op":
         from dispatch_compile import _mode
 

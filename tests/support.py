@@ -14,6 +14,9 @@ import dispatch_compile as dc
 EAGER = dc.CompileConfig(backend="eager", on_failure="raise")
 EAGER_OR_NATIVE = dc.CompileConfig(backend="eager")
 
+# Of torch's: Inductor goes by what the CPU says of its vector instructions, and compiles nothing to try them.
+TAKES_VECTORS_FOR_GRANTED = "TORCHINDUCTOR_VEC_ISA_OK"
+
 
 class GatedBackend:
     """A backend that compiles, or, while the gate is closed, tells that it has begun and waits.

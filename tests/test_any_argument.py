@@ -28,6 +28,9 @@ from dispatch_compile._compile import capture as _capture
 from dispatch_compile._specialize import guards, key
 from dispatch_compile._specialize.callee import full_name
 
+# torch crashes at some of the calls under any mode on its stack.
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
+
 ASKED_FOR = os.environ.get("DISPATCH_COMPILE_EXAMPLES")
 EXAMPLES = int(ASKED_FOR or 2000)
 CHEAP = {native.__name__ for native in [*COMPILED, *NEVER_COMPILED]}
@@ -77,7 +80,7 @@ def _examples_of(name: str) -> int:
     """Three times as many for the small implementations of ``any_implementation`` as for those that take long, and
     enough for each to be compiled for some."""
     shares = {other: 3 if other in CHEAP else 1 for other in NAMES}
-    return max(60, -(-EXAMPLES * shares[name] // sum(shares.values())))
+    return max(30, -(-EXAMPLES * shares[name] // sum(shares.values())))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,7 +191,7 @@ def test_finds(mistake, ops, monkeypatch):
     name, make = MISTAKES[mistake]
     make(monkeypatch)
 
-    @settings(SETTINGS, max_examples=400, phases=[Phase.generate])
+    @settings(SETTINGS, max_examples=800, phases=[Phase.generate])
     @given(programs(ops[name], [ops[name]]))
     def right_or_aside(program: Program) -> None:
         check(program.calls, program.mode())

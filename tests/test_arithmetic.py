@@ -25,6 +25,8 @@ from dispatch_compile._numerics import decompositions as eager
 from dispatch_compile._numerics.arithmetic import RULES, Treatment, treatment
 from dispatch_compile._numerics.bitwise import ROUNDS_IN_CPP
 
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
+
 BF16, FP16, FP32 = DTYPES = torch.bfloat16, torch.float16, torch.float32
 
 

@@ -30,6 +30,8 @@ from dispatch_compile._specialize.arguments import Arguments, Parameters, flatte
 from dispatch_compile._specialize.key import key_of
 from dispatch_compile._torch.saved_code import TritonLaunch
 
+pytestmark = pytest.mark.run_once
+
 OP = dc.ops.silu_and_mul
 
 

@@ -17,6 +17,8 @@ from benchmarks.measure import run
 from benchmarks.progress import Progress
 from benchmarks.results import Settings
 
+pytestmark = pytest.mark.run_once
+
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 TINY = ("ops", "--device", "cpu", "--hidden", "512", "--no-compile-times")

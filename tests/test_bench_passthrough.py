@@ -20,6 +20,8 @@ from benchmarks.peers import OURS, Peer
 from dispatch_compile._mode import current_mode
 from dispatch_compile.demo import ir_ops, moe
 
+pytestmark = pytest.mark.run_once
+
 NOT_CAUGHT, BODIES, ENTERING, CAUGHT = TITLES = (
     "An op that is not caught",
     "The body of a fused MoE, its IR ops taken out",

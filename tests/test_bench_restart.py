@@ -11,6 +11,8 @@ from benchmarks import restart
 from benchmarks.__main__ import main
 from benchmarks.restart import COLD, SCHEMA, WAY_LOADED, WAYS, Results
 
+pytestmark = pytest.mark.run_once
+
 
 def test_a_cold_process_compiles_and_the_next_one_loads(tmp_path):
     tmp_path.chmod(0o700)

@@ -12,6 +12,8 @@ from benchmarks import sweep, sweep_cases, sweep_results, sweep_values
 from benchmarks.__main__ import main
 from benchmarks.sweep_results import BITWISE, DEFAULT, Difference, Row, Summary, Sweep, faults_of
 
+pytestmark = pytest.mark.run_once
+
 EQUAL, ROUNDED = Difference(1000, 0, 0, {}, ""), Difference(1000, 10, 3, {}, "of 1 2 for 2.1")
 WRONG = Difference(1000, 4, 9, {"NaN": 2, "ULPs": 2}, "of 1 nan for 2")
 ROWS = [

@@ -25,6 +25,8 @@ from benchmarks.ulps import Distance
 from dispatch_compile._compile import compilation as _compilation
 from dispatch_compile._numerics.bitwise import ACCURATE_RECIPROCAL, ROUNDS_IN_CPP
 
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
+
 BITWISE = dc.CompileConfig(bitwise=True)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 BF16, FP16, FP32 = DTYPES = torch.bfloat16, torch.float16, torch.float32

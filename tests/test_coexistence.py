@@ -30,6 +30,7 @@ import dispatch_compile as dc
 Call = Callable[..., Any]
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.selective,
     pytest.mark.filterwarnings(  # what torch warns of without a mode too
         "ignore:.*an autograd kernel was not registered",
@@ -356,7 +357,7 @@ def test_a_checkpoint_that_runs_its_forward_without_grad(name):
 
 def test_every_overload_that_ships_is_in_the_table():
     overloads = {
-        overload.name() for name in dc.ops.__all__ for overload in dc._ir.registry.overloads(getattr(dc.ops, name))
+        overload.name() for name in dc.ops.__all__ for overload in dc._ir.protocol.overloads(getattr(dc.ops, name))
     }
     assert {shipped.op.torch_op.name() for shipped in SHIPPED.values()} == overloads
 

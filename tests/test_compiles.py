@@ -15,6 +15,8 @@ from torch.types import Number
 
 import dispatch_compile as dc
 
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
+
 TOKENS = (2, 7, 64, 1000, 4096)
 
 

@@ -16,6 +16,8 @@ from dispatch_compile.__main__ import main
 from dispatch_compile.demo import ir_ops, run
 from dispatch_compile.demo.workload import Setup, Workload
 
+pytestmark = pytest.mark.run_once
+
 TOKENS = (1, 8)
 SMALL = ("demo", "--device", "cpu", "--scale", "64")
 

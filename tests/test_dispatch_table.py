@@ -19,7 +19,9 @@ from torch import Tensor
 
 import dispatch_compile as dc
 
-IR_OPS = {overload.name() for name in dc.ops.__all__ for overload in dc._ir.registry.overloads(getattr(dc.ops, name))}
+pytestmark = pytest.mark.run_once
+
+IR_OPS = {overload.name() for name in dc.ops.__all__ for overload in dc._ir.protocol.overloads(getattr(dc.ops, name))}
 FOREIGN_OPS = {f"{NAMESPACE}::{name}" for name in [*KERNELS_OF_LIBRARY_OPS, *CUSTOM_OPS]}
 # A call of the one never reaches BackendSelect, the other has a kernel there.
 OUT_OF_REACH = {f"{NAMESPACE}::implicit", f"{NAMESPACE}::selects_backend"}

@@ -15,6 +15,8 @@ from support import EAGER
 
 import dispatch_compile as dc
 
+pytestmark = pytest.mark.run_once
+
 SCRIPT = """\
 import torch
 

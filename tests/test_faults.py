@@ -21,11 +21,13 @@ from typing import Any
 import fault_program
 import pytest
 import torch
-from support import EAGER_OR_NATIVE, assert_same, guarded_entries, outcome
+from support import EAGER_OR_NATIVE, TAKES_VECTORS_FOR_GRANTED, assert_same, guarded_entries, outcome
 from torch import Tensor
 
 import dispatch_compile as dc
 from dispatch_compile._compile.failure import may_pass
+
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
 
 FOLDERS = "Inductor writes to the folders that the environment variables TORCHINDUCTOR_CACHE_DIR and TMPDIR name"
 
@@ -283,6 +285,9 @@ def test_the_cpp_wrapper_is_refused(counted):
 
 # ---- In processes of their own, with Inductor
 
+# As for users: the first that Inductor does is to compile something that tells what vector instructions there are.
+TRIES_VECTORS = {TAKES_VECTORS_FOR_GRANTED: ""}
+
 
 def result_of(program: str, *arguments: str, before: list[str] | None = None, **environment: str) -> Any:
     """What one of the programs printed."""
@@ -307,7 +312,7 @@ def cannot_compile(cause: str) -> str:
 
 def test_no_cpp_compiler(tmp_path):
     """It is looked for once: torch itself remembers that there is none."""
-    told = result_of("fails", CXX="/nothing/here", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    told = result_of("fails", **TRIES_VECTORS, CXX="/nothing/here", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     (warning, second), stats, *held = told
     assert warning.startswith(cannot_compile(": InductorError: InvalidCxxCompiler: ").partition(";")[0])
     assert "/nothing/here" in warning
@@ -326,7 +331,7 @@ exit 1
 """
     )
     compiler.chmod(0o755)
-    told = result_of("fails", CXX=str(compiler), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    told = result_of("fails", **TRIES_VECTORS, CXX=str(compiler), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     (warning, second), stats, *held = told
     assert "C++ compile error; kernel.cpp:2:10: fatal error: Python.h: No such file or directory" in warning
     assert (second, stats, held) == ("native", counts(fallbacks=2), [1, 1])
@@ -344,7 +349,8 @@ def test_a_file_where_the_cache_folder_should_be(tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs a folder that not even root can write to")
 def test_a_cache_folder_that_cannot_be_written(tmp_path):
-    told = result_of("folder_that_cannot_be_written", str(tmp_path), TORCHINDUCTOR_CACHE_DIR="/sys/kernel")
+    folder = {"TORCHINDUCTOR_CACHE_DIR": "/sys/kernel"}
+    told = result_of("folder_that_cannot_be_written", str(tmp_path), **TRIES_VECTORS, **folder)
     (warning, *others), stats, *held = told
     assert warning.startswith(cannot_compile(" now; later calls try again: InductorError: ").partition(";")[0])
     assert "/sys/kernel" in warning
@@ -388,7 +394,7 @@ def test_a_full_disk(full, when, tmp_path):
 
 
 def test_ctrl_c(tmp_path):
-    struck, (others, stats, *held) = result_of("interrupted", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    struck, (others, stats, *held) = result_of("interrupted", **TRIES_VECTORS, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert list(struck.values()) == [[["interrupted"], counts(), 0, 0]] * 4
     assert (others, stats, held) == (["compiled", "compiled"], counts(compiles=1, hits=2), [1, 1])
 

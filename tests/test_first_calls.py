@@ -19,7 +19,7 @@ import dispatch_compile as dc
 from dispatch_compile._cache.counters import OpCounters
 from dispatch_compile._cache.table import Table
 
-pytestmark = pytest.mark.usefixtures("fake_tensors_on_the_main_thread")
+pytestmark = [pytest.mark.run_once, pytest.mark.usefixtures("fake_tensors_on_the_main_thread")]
 
 THREADS = 16
 

@@ -21,7 +21,7 @@ import dispatch_compile as dc
 from dispatch_compile._basics import fork as _fork
 from dispatch_compile._cache import cache as _cache
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.run_once, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 NEW, REUSED = "compiled, new", "compiled, reused"
 

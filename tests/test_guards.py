@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.types import Number
 
 import dispatch_compile as dc
+
+pytestmark = pytest.mark.run_once
 
 
 def combined(x: Tensor, x_other: Tensor | None = None, by: Number = 1, dims: list[int] | None = None) -> Tensor:

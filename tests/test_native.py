@@ -20,7 +20,8 @@ from dispatch_compile._native import Native
 
 LIMIT = 3.0
 TABLE = torch.arange(8.0)
-pytestmark = [pytest.mark.selective, pytest.mark.usefixtures("inference")]  # a mode that sees every op sees a native's
+# A mode that sees every op sees a native's
+pytestmark = [pytest.mark.long, pytest.mark.selective, pytest.mark.usefixtures("inference")]
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from dispatch_compile._compile.reading import CannotTell
 from dispatch_compile._saved import origin as _origin
 from dispatch_compile._saved.origin import CannotSave, Origin, environment, now, origin_of
 
+pytestmark = pytest.mark.run_once
+
 ADDED = 1.0
 CONSTANTS = types.ModuleType("constants")
 CONSTANTS.added = 1.0

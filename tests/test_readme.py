@@ -12,6 +12,8 @@ import torch
 
 import dispatch_compile as dc
 
+pytestmark = pytest.mark.run_once
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from benchmarks.__main__ import main
 
+pytestmark = pytest.mark.run_once
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = "ops|passthrough|restart|numerics|vllm-bodies"

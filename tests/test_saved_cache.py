@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import printed_by
 from torch import Tensor
 
 import dispatch_compile as dc
+
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
 
 PROGRAM = """if True:
     import sys
@@ -230,8 +233,7 @@ def run_composition(
 ) -> list[str]:
     program = COMPOSITION.replace("ADDED", str(added)).replace("CALLED", called).replace("PROVIDERS", str(providers))
     program = program.replace("LIMIT = 64", f"LIMIT = {limit}")
-    command = [sys.executable, "-c", program, task, str(path), *priority]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return printed_by(program, [task, str(path), *priority]).splitlines()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from benchmarks.__main__ import main
 from benchmarks.soak_calls import activities
 from benchmarks.soak_results import Memory, Results
 
+pytestmark = pytest.mark.run_once
+
 
 @pytest.fixture(autouse=True)
 def number_of_threads() -> Iterator[None]:

@@ -17,6 +17,8 @@ from torch import Tensor
 import dispatch_compile as dc
 from dispatch_compile.testing import assert_expected_trace
 
+pytestmark = pytest.mark.run_once
+
 README = Path(__file__).parent.parent / "README.md"
 
 

@@ -14,6 +14,8 @@ from expecttest import assert_expected_inline
 import dispatch_compile as dc
 from dispatch_compile.trace_script.cli import main
 
+pytestmark = [pytest.mark.long, pytest.mark.run_once]
+
 OPS = """\
 import os
 import sys

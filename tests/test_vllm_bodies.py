@@ -34,6 +34,8 @@ from benchmarks.vllm_bodies.results import (
 from benchmarks.vllm_bodies.run import run
 from benchmarks.vllm_bodies.worker import LARGEST_DIFFERENCE, Worker
 
+pytestmark = pytest.mark.long
+
 has_vllm = importlib.util.find_spec("vllm") is not None
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 

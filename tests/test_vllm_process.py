@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -191,40 +192,54 @@ def test_layers_made_later_with_compilation_off_are_left_alone_and_the_log_says_
 
 ROOT = Path(__file__).parents[1]
 ON = "DISPATCH_COMPILE_VLLM"
-WORKER = """
-import logging, torch, vllm.plugins, vllm.ir
-logging.basicConfig(level=logging.WARNING)
-vllm.plugins.load_general_plugins()
-from vllm_support import made, silu_and_mul, vllm_config
-import dispatch_compile as dc
-from dispatch_compile._active import mode_everywhere
-mode = mode_everywhere()
-if mode is not None:
-    made(silu_and_mul, vllm_config({mode!r}))(torch.randn(4, 8))
-print("calls", mode and mode.cache.stats().hits)
+WORKERS = """
+import json, logging, os, sys, traceback
+import torch, vllm.plugins, vllm.ir
+
+def worker(mode_of_vllm):
+    logging.basicConfig(level=logging.WARNING)
+    vllm.plugins.load_general_plugins()
+    from vllm_support import made, silu_and_mul, vllm_config
+    import dispatch_compile as dc
+    from dispatch_compile._dispatch.active import mode_everywhere
+    mode = mode_everywhere()
+    if mode is not None:
+        made(silu_and_mul, vllm_config(mode_of_vllm))(torch.randn(4, 8))
+    print("calls", mode and mode.cache.stats().hits)
+
+folder, workers = sys.argv[1], json.loads(sys.argv[2])
+for number, (environment, mode_of_vllm) in enumerate(workers):
+    child = os.fork()
+    if child == 0:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(f"{folder}/{stream.name[1:-1]}{number}", os.O_WRONLY | os.O_CREAT), stream.fileno())
+        os.environ.update(environment)
+        try:
+            worker(mode_of_vllm)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    os.waitpid(child, 0)
 """
+STARTED = {
+    "on, and traced": ({ON: "1", "DISPATCH_COMPILE_TRACE": "1"}, "STOCK_TORCH_COMPILE"),
+    "off": ({ON: "0"}, "STOCK_TORCH_COMPILE"),
+    "not among the plugins that are wanted": ({ON: "1", "VLLM_PLUGINS": "other"}, "STOCK_TORCH_COMPILE"),
+    "among them, with compilation off": ({ON: "1", "VLLM_PLUGINS": "other,dispatch_compile"}, "NONE"),
+}
 
 
-@pytest.mark.parametrize(
-    ("environment", "mode", "output", "log"),
-    [
-        ({ON: "1", "DISPATCH_COMPILE_TRACE": "1"}, "STOCK_TORCH_COMPILE", "calls 1", "vllm_custom_op::silu_and_mul("),
-        ({ON: "0"}, "STOCK_TORCH_COMPILE", "calls None", ""),
-        ({ON: "1", "VLLM_PLUGINS": "other"}, "STOCK_TORCH_COMPILE", "calls None", ""),
-        (
-            {ON: "1", "VLLM_PLUGINS": "other,dispatch_compile"},
-            "NONE",
-            "calls 0",
-            "vLLM's compilation is off: compilation_config.mode is NONE",
-        ),
-    ],
-    ids=["on, and traced", "off", "not among the plugins that are wanted", "among them, with compilation off"],
-)
-def test_vllms_plugin_loader_enables_it_if_the_environment_says_so(tmp_path, environment, mode, output, log):
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """What each of the workers printed, and logged. They are children of a process that has only imported vLLM, for
+    that takes long."""
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    folder = tmp_path_factory.mktemp("workers")
     with open(ROOT / "pyproject.toml", "rb") as file:
         groups = tomllib.load(file)["project"]["entry-points"]
-    metadata = tmp_path / "dispatch_compile-0.dist-info"  # as an installation makes it
+    metadata = folder / "dispatch_compile-0.dist-info"  # as an installation makes it
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: dispatch_compile\nVersion: 0\n")
     (metadata / "entry_points.txt").write_text(
@@ -234,14 +249,31 @@ def test_vllms_plugin_loader_enables_it_if_the_environment_says_so(tmp_path, env
             for line in (f"[{group}]", *(f"{name} = {target}" for name, target in entries.items()))
         )
     )
-    path = [str(tmp_path), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    path = [str(folder), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
-        [sys.executable, "-c", WORKER.format(mode=mode)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},
+        [sys.executable, "-c", WORKERS, str(folder), json.dumps(list(STARTED.values()))],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1] == output
-    assert log in run.stderr
+    return {
+        name: tuple((folder / f"{stream}{number}").read_text() for stream in ("stdout", "stderr"))
+        for number, name in enumerate(STARTED)
+    }
+
+
+@pytest.mark.parametrize(
+    ("worker", "output", "log"),
+    [
+        ("on, and traced", "calls 1", "vllm_custom_op::silu_and_mul("),
+        ("off", "calls None", ""),
+        ("not among the plugins that are wanted", "calls None", ""),
+        ("among them, with compilation off", "calls 0", "vLLM's compilation is off: compilation_config.mode is NONE"),
+    ],
+)
+def test_vllms_plugin_loader_enables_it_if_the_environment_says_so(worker, output, log, workers):
+    stdout, stderr = workers[worker]
+    assert stdout.splitlines()[-1:] == [output], stderr
+    assert log in stderr
