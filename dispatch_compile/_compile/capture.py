@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .._basics.errors import first_line
+from .._basics.nodes import op_or_none, tensor_of, tensor_or_none
 from .._dispatch.active import natives_told
 from .._ir.protocol import Impl
 from .._ir.registry import called_through_torch
@@ -334,17 +335,17 @@ def _check_graph(graph: GraphModule, parameters: Parameters, arguments: Argument
     owners = {_storage(fake): leaf for fake, leaf in zip(fakes, arguments.tensors, strict=True)}
     changed: dict[str, Leaf] = {}
     for node in nodes:
-        if not isinstance(node.target, OpOverload):
+        op = op_or_none(node)
+        if op is None:
             continue
-        tags = node.target.tags
-        if torch.Tag.nondeterministic_seeded in tags:
-            raise StepAside(f"the implementation draws random numbers ({node.target})")
-        if torch.Tag.data_dependent_output in tags or size_depends_on_values(node.meta.get("val")):
-            raise CannotCapture(f"it depends on the values in a tensor ({node.target})")
-        if node.target is torch.ops.aten.as_strided.default:
+        if torch.Tag.nondeterministic_seeded in op.tags:
+            raise StepAside(f"the implementation draws random numbers ({op})")
+        if torch.Tag.data_dependent_output in op.tags or size_depends_on_values(node.meta.get("val")):
+            raise CannotCapture(f"it depends on the values in a tensor ({op})")
+        if op is torch.ops.aten.as_strided.default:
             raise StepAside("the implementation uses as_strided, which reads the storage offset")
-        for written in _written(node):
-            leaf = owners.get(_storage(written.meta["val"]))
+        for written in _written(node, op):
+            leaf = owners.get(_storage(tensor_of(written)))
             if leaf is not None:
                 _check_may_be_written(leaf, parameters)
                 changed[leaf.source] = leaf
@@ -361,22 +362,25 @@ def _check_may_be_written(leaf: Leaf, parameters: Parameters) -> None:
 def _may_raise(node: Node) -> bool:
     """Whether an op may raise because of values: an index out of range, integers divided by zero, a matrix without
     inverse. It cannot if there are no values, or if it computes with floats one by one."""
-    if not isinstance(node.target, OpOverload):
+    op = op_or_none(node)
+    if op is None:
         return False
-    values = [value for of in node.all_input_nodes if isinstance(value := of.meta.get("val"), torch.Tensor)]
-    copies = node.target.is_view or node.target is torch.ops.aten._to_copy.default
-    one_by_one = copies or torch.Tag.pointwise in node.target.tags
+    values = [value for of in node.all_input_nodes if (value := tensor_or_none(of)) is not None]
+    copies = op.is_view or op is torch.ops.aten._to_copy.default
+    one_by_one = copies or torch.Tag.pointwise in op.tags
     return any(
         0 not in value.shape and not (one_by_one and (value.is_floating_point() or value.is_complex()))
         for value in values
     )
 
 
-def _written(node: Node) -> Iterator[Node]:
-    for i, parameter in enumerate(node.target._schema.arguments):
+def _written(node: Node, op: OpOverload) -> Iterator[Node]:
+    for i, parameter in enumerate(op._schema.arguments):
         if parameter.alias_info is not None and parameter.alias_info.is_write:
             value = node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
-            yield from (item for item in (value if isinstance(value, (list, tuple)) else [value]) if item is not None)
+            yield from (
+                item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, Node)
+            )
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .._basics.nodes import op_or_none, tensor_of
 from .._torch.capture import sym_sqrt
-from .._torch.dispatch import OpOverload
+from .._torch.dispatch import OpOverload, overload_named
 from .._torch.inductor import functional_op
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -67,14 +68,16 @@ class NumbersAsTensors(fx.Interpreter):
         if n.op != "call_function" or not numbers:
             return super().run_node(n)
         if n.target in _MAKES:
-            number = prims.convert_element_type(self.env[n.all_input_nodes[-1]], n.meta["val"].dtype)
-            return number.expand(n.meta["val"].shape).clone(memory_format=torch.contiguous_format)
-        if isinstance(n.target, OpOverload):
-            functional = functional_op(n.target)
+            made = tensor_of(n)
+            number = prims.convert_element_type(self.env[n.all_input_nodes[-1]], made.dtype)
+            return number.expand(made.shape).clone(memory_format=torch.contiguous_format)
+        op = op_or_none(n)
+        if op is not None:
+            functional = functional_op(op)
             if functional._schema.is_mutable:
-                raise CannotTakeNumber(f"{n.target} takes a number that changes")
+                raise CannotTakeNumber(f"{op} takes a number that changes")
             call = _Call(functional, numbers, [*args, *kwargs.values()])
-            return call(args, kwargs, n.meta["val"]) if functional is n.target else call.in_place(args, kwargs)
+            return call(args, kwargs, n.meta["val"]) if functional is op else call.in_place(args, kwargs)
         if n.target not in _OF_NUMBERS:
             raise CannotTakeNumber(f"it computes with a number that changes by {n.target}")
         return _OF_NUMBERS[n.target](*map(_number, args))
@@ -123,7 +126,7 @@ class _Call:
         """The overload of the op that takes tensors where this one is given them."""
         packet = self.op.overloadpacket
         for name in (self.op._overloadname, *packet.overloads()):
-            candidate: OpOverload = getattr(packet, name)
+            candidate = overload_named(packet, name)
             parameters = candidate._schema.arguments
             takes_all = all(
                 "Tensor" in str(parameter.type)

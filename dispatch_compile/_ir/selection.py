@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .._torch.dispatch import OpOverload, OpOverloadPacket, has_schema
+from .._torch.dispatch import OpOverload, OpOverloadPacket, has_schema, overload_named
 from .protocol import overloads, overloads_or_none
 from .registry import known_ops
 
@@ -32,12 +32,15 @@ def overload_of(op: Any, asked_by: str) -> OpOverload:
             raise ValueError(f"{asked_by}: {packet} has no overload {overload_name!r}")
         return overload_of(op, asked_by)
     if isinstance(op, OpOverloadPacket):
-        candidates = [name for name in op.overloads() if is_registered(getattr(op, name))]  # not those of TorchScript
+        candidates = [
+            name for name in op.overloads() if is_registered(overload_named(op, name))
+        ]  # not those of TorchScript
         if "default" in candidates or len(candidates) == 1:
-            return getattr(op, "default" if "default" in candidates else candidates[0])
+            return overload_named(op, "default" if "default" in candidates else candidates[0])
         raise ValueError(f"{asked_by}: {op} has the overloads {candidates}; name the one you mean")
-    if isinstance(getattr(op, "torch_op", None), OpOverload):
-        return op.torch_op
+    torch_op = getattr(op, "torch_op", None)
+    if isinstance(torch_op, OpOverload):
+        return torch_op
     raise TypeError(f"{asked_by}: op must be an OpOverload (torch.ops.ns.name.default) or 'ns::name', not {op!r}")
 
 

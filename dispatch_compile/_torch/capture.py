@@ -36,7 +36,7 @@ __all__ = [
 
 
 # What math.sqrt makes of a symbolic number, in a graph.
-sym_sqrt: Callable[[Any], Any] = torch._sym_sqrt
+sym_sqrt: Callable[[Any], Any] = torch._sym_sqrt  # type: ignore[attr-defined]  # torch makes it when imported
 
 
 def new_shape_env() -> Any:
