@@ -54,7 +54,7 @@ def is_exact(node: Node) -> bool:
     if op.is_view or isinstance(node.meta["val"], (int, torch.SymInt)):
         return True
     # ATen's kernels depend on strides, and Inductor may choose others: it takes its operands' order of dimensions.
-    if not _is_contiguous(node.meta["val"]) or not all(map(_is_in_row_order, tensors(node))):
+    if not _is_contiguous(tensor_or_none(node)) or not all(map(_is_in_row_order, tensors(node))):
         return False
     if packet in _MOVES or packet in _MAKES:
         return True
@@ -159,9 +159,9 @@ def holds(dtype: torch.dtype, number: float) -> bool:
     return dtype not in _SIXTEEN_BITS or torch.tensor(number, dtype=dtype).item() == number
 
 
-def _is_contiguous(tensor: Any) -> bool:
+def _is_contiguous(tensor: torch.Tensor | None) -> bool:
     """Whether a tensor is contiguous whatever the symbols in its shape stand for; False for several tensors."""
-    if not isinstance(tensor, torch.Tensor):
+    if tensor is None:
         return False
     expected: int | torch.SymInt = 1
     for size, stride in reversed(list(zip(tensor.shape, tensor.stride(), strict=True))):
