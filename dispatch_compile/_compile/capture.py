@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -31,6 +31,9 @@ from .numbers import WITH_SYMBOLS, NumbersAsTensors
 from .results import Result, result_of
 from .surroundings import NOTHING_READ, Surroundings, Watch, watch_of
 
+if TYPE_CHECKING:
+    from .._torch.capture import FakeTensorMode, ShapeEnv
+
 
 class CannotCapture(Exception):
     """The implementation has no graph that is right for these arguments; the message says why."""
@@ -50,10 +53,10 @@ class Captured:
 
     graph: GraphModule
     token_counts: dict[str, torch.SymInt]  # by the source that reads it: a0.size(0)
-    number_symbols: list[Any]  # for the dynamic numbers
-    numbers: list[Any]  # what the graph takes for them: the symbol of an integer, a tensor of one element for a float
+    number_symbols: list[torch.SymInt | torch.SymFloat]  # for the dynamic numbers
+    numbers: list[torch.SymInt | torch.Tensor]  # the graph takes for them: an integer's symbol, a float's tensor
     fakes: list[torch.Tensor]
-    shape_env: Any
+    shape_env: ShapeEnv
     result: Result
     written: tuple[Leaf, ...]  # the arguments that the implementation writes to
     arguments: Arguments
@@ -61,7 +64,7 @@ class Captured:
     surroundings: Surroundings  # what it read of the program around it
 
     @property
-    def inputs(self) -> list[Any]:
+    def inputs(self) -> list[torch.SymInt | torch.Tensor]:
         """What the graph takes, as symbols and fake tensors."""
         return [*self.token_counts.values(), *self.numbers, *self.fakes]
 
@@ -78,7 +81,7 @@ class Captured:
     def outputs(self) -> list[torch.Tensor]:
         """What the graph returns, as fake tensors."""
         [returned] = next(iter(reversed(self.graph.graph.nodes))).args
-        return [node.meta["val"] for node in returned]
+        return [tensor_of(node) for node in returned]
 
     @property
     def symbols(self) -> dict[str, str]:
@@ -101,7 +104,8 @@ class Captured:
 
     def guards(self) -> str | None:
         """What must hold of the dynamic sizes, as an expression in terms of the leaves' sources; None if nothing."""
-        text = self.shape_env.produce_guards_expression([*self.number_symbols, *self.fakes]) or ""
+        placeholders: Any = [*self.number_symbols, *self.fakes]  # torch leaves out the symbols of floats
+        text = self.shape_env.produce_guards_expression(placeholders) or ""
         sources = [leaf.source for leaf in (*self.arguments.dynamic_numbers, *self.arguments.tensors)]
         text = re.sub(r"L\['t(\d+)'\]", lambda match: sources[int(match[1])], text)
         text = re.sub(r"\.(size|stride)\(\)\[(\d+)\]", r".\1(\2)", text)
@@ -227,7 +231,7 @@ def _traced(
     )
 
 
-def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _looks(tensor: torch.Tensor) -> tuple[object, ...]:
     """What of a tensor is not its values. Code does not change it, so that an implementation must not."""
     # What a fake tensor remembers of itself is in attributes, too: _nonzero_memo, _sizes_capsule, ...
     attributes = {name: value for name, value in vars(tensor).items() if not re.search("_memo|_capsule", name)}
@@ -256,19 +260,19 @@ _BOOLEANS = (torch.ops.aten.any, torch.ops.aten.all)
 _DECOMPOSED = {op: _of_bytes(op) for packet in _BOOLEANS for op in (packet.default, packet.dim, packet.dims)}
 
 
-def _fake_like(tensor: torch.Tensor, fake_mode: Any) -> torch.Tensor:
+def _fake_like(tensor: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
     with fake_mode, torch.inference_mode(tensor.is_inference()):
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def _number_tensor(fake_mode: Any) -> torch.Tensor:
+def _number_tensor(fake_mode: FakeTensorMode) -> torch.Tensor:
     with fake_mode:
         return torch.empty((), dtype=torch.float64)
 
 
 def _fake_inputs(
-    arguments: Arguments, shape_env: Any, fake_mode: Any, tokens: Mapping[int, int]
-) -> tuple[dict[str, torch.SymInt], list[Any], list[torch.Tensor]]:
+    arguments: Arguments, shape_env: ShapeEnv, fake_mode: FakeTensorMode, tokens: Mapping[int, int]
+) -> tuple[dict[str, torch.SymInt], list[torch.SymInt | torch.SymFloat], list[torch.Tensor]]:
     """A fake for every tensor leaf, each with storage of its own: a tensor given twice is two inputs."""
     numbers = [dynamic_number(shape_env, leaf.value, f"t{i}") for i, leaf in enumerate(arguments.dynamic_numbers)]
     symbols: dict[int, torch.SymInt] = {}  # tensors with as many tokens share the symbol, as guards then say
@@ -295,7 +299,7 @@ def _unregister_constants(graph: GraphModule) -> None:
         setattr(graph, name, constant)
 
 
-def _check_inputs(inputs: Sequence[torch.Tensor], before: Sequence[Any], arguments: Arguments) -> None:
+def _check_inputs(inputs: Sequence[torch.Tensor], before: Sequence[object], arguments: Arguments) -> None:
     for tensor, looks, leaf in zip(inputs, before, arguments.tensors, strict=True):
         if str(_looks(tensor)) != str(looks):  # what is known of symbols has changed in both
             raise StepAside(f"the implementation changes the shape, memory or attributes of its argument {leaf.name}")

@@ -175,7 +175,7 @@ def _inverts(node: Node) -> bool:
 
 
 def _floors(node: Node) -> bool:
-    return node.kwargs.get("rounding_mode") == "floor" and _of_floats(node)
+    return bool(node.kwargs.get("rounding_mode") == "floor") and _of_floats(node)
 
 
 def _rounds_quotient(node: Node) -> bool:

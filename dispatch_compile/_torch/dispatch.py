@@ -187,9 +187,9 @@ def decomposes(overload: OpOverload) -> bool:
     return above_backends and has_kernel(overload, "CompositeImplicitAutograd")
 
 
-def without_version_counting() -> AbstractContextManager[Any]:
+def without_version_counting() -> AbstractContextManager[object]:
     """Keep torch from noting, on this thread, that an op changes its arguments; it does so before the op runs."""
-    guard: AbstractContextManager[Any] = _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.ADInplaceOrView))
+    guard: AbstractContextManager[object] = _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.ADInplaceOrView))
     return guard
 
 

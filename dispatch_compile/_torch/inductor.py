@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from .capture import _without_early_decompositions
 from .dispatch import has_schema, overload_named
+
+if TYPE_CHECKING:
+    from .capture import FakeTensorMode, ShapeEnv
 
 __all__ = [
     "InductorCode",
@@ -129,7 +132,7 @@ class InductorCode:
         for module in [module for module in PyCodeCache.modules if module.__file__ == self.path][-1:]:
             weakref.finalize(self, _forget_module, module).atexit = False
 
-    def strides(self, shape_env: Any) -> list[tuple[Any, ...] | None]:
+    def strides(self, shape_env: ShapeEnv) -> list[tuple[Any, ...] | None]:
         """The strides of each result in terms of the symbols of the ShapeEnv, where Inductor tells."""
         return [
             None if texts is None else tuple(shape_env.deserialize_symexpr(text) for text in texts)
@@ -248,7 +251,7 @@ def _fall_back(op: OpOverload) -> None:
 
 
 @contextmanager
-def _without_symbols_of_floats(fake_mode: Any) -> Iterator[None]:
+def _without_symbols_of_floats(fake_mode: FakeTensorMode | None) -> Iterator[None]:
     """Tell the pass that replaces Dynamo's symbols of floating-point numbers that ours are replaced already; it would
     ask Dynamo to start again."""
     from torch._dynamo.symbolic_convert import TensorifyState
