@@ -38,6 +38,9 @@ INTERCEPTED, INTERCEPTED_SIZE = ("rms_norm", "silu_and_mul"), (4, 1024)
 class PlainMode(TorchDispatchMode):
     """A dispatch mode as one writes it, without what it would be written for."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Arguments = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -53,7 +56,7 @@ class LookUpMode(TorchDispatchMode):
         return False
 
     def __init__(self, guarded_calls: Mapping[OpOverload, GuardedCall]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self._guarded_calls = guarded_calls
 
     def __torch_dispatch__(

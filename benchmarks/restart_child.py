@@ -66,7 +66,7 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments = CASES[op].arguments(Inputs(Sizes(TOKENS, HIDDEN, torch.bfloat16, device)))
     way = TorchCompile(CASES[op]) if name == TORCH_COMPILE else Ours(CASES[op].op, file, load=name == LOADED)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
     with torch.inference_mode(), way.context():

@@ -494,4 +494,4 @@ SUMS = frozenset(
 # As torch.use_deterministic_algorithms says: the order of atomic additions, and which of equal numbers is found.
 VARYING = frozenset(["index_add", "index_put", "scatter_add", "scatter_reduce", "median"])
 # 1 + erf(x) and 1 + tanh(x) are small differences where they are close to 0.
-CANCELLING = {"gelu": Tensor.abs, "special_ndtr": torch.ones_like}
+CANCELLING: dict[str, Callable[[Tensor], Tensor]] = {"gelu": Tensor.abs, "special_ndtr": torch.ones_like}

@@ -69,10 +69,10 @@ def specials(dtype: torch.dtype) -> Tensor:
     if dtype is torch.bool:
         return torch.tensor([False, True])
     if not dtype.is_floating_point:
-        info = torch.iinfo(dtype)
+        limits = torch.iinfo(dtype)
         small = [0, 1, 2, 3, 5, 7, 10, 31, 63, 64, 100, 127]
-        negative = [-n for n in small] if info.min < 0 else []
-        return torch.tensor([*small, *negative, info.max, info.max - 1, info.min, info.min + 1]).to(dtype)
+        negative = [-n for n in small] if limits.min < 0 else []
+        return torch.tensor([*small, *negative, limits.max, limits.max - 1, limits.min, limits.min + 1]).to(dtype)
     info = torch.finfo(dtype)
     subnormal = info.smallest_normal * info.eps
     magnitudes = [0.0, subnormal, 3 * subnormal, info.smallest_normal, info.eps, info.max, math.inf]

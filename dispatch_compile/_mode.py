@@ -23,7 +23,7 @@ from ._dispatch.active import EVERY_OP, SELECTIVE, active_modes, enter, leave
 from ._dispatch.opaque import opaque_overloads
 from ._ir import registry
 from ._ir.protocol import Op, overloads
-from ._ir.selection import overload_of, selection
+from ._ir.selection import Selectable, overload_of, selection
 from ._specialize.arguments import Parameters, activations_with_tokens, flatten
 from ._specialize.callee import Callee, full_name
 from ._torch.dispatch import (
@@ -87,7 +87,7 @@ class DispatchCompileMode(QuietMode):
     def __init__(
         self,
         *,
-        ops: Iterable[Any] | None = None,
+        ops: Iterable[Selectable] | None = None,
         config: CompileConfig | None = None,
         cache: NativeCache | None = None,
         trace: bool | Trace = False,
@@ -192,7 +192,7 @@ class DispatchCompileMode(QuietMode):
         self._orders.frozen = False
 
     def warmup(
-        self, op_or_fn: Any, /, *args: Any, tokens: Sequence[int] | None = None, **kwargs: Any
+        self, op_or_fn: Selectable, /, *args: Any, tokens: Sequence[int] | None = None, **kwargs: Any
     ) -> list[TraceEvent]:
         """Compile ahead what calls to come will need, by making them.
 
@@ -228,7 +228,9 @@ class DispatchCompileMode(QuietMode):
             tokens = _checked_tokens(tokens)
         config = replace(self.config, on_new=COMPILE)  # the same code, but waited for
         overload = self._caught_overload(op_or_fn, args)
+        fn: Callable[..., Any]
         if overload is None:
+            assert callable(op_or_fn), "what names no op is a function"
             fn = op_or_fn
             watcher = DispatchCompileMode(config=config, cache=self.cache, trace=True)
             watcher._selects = self._selects
@@ -267,7 +269,7 @@ class DispatchCompileMode(QuietMode):
         parameters = route.callee.parameters
         return activations_with_tokens(parameters, flatten(parameters, args, kwargs), tokens)
 
-    def _caught_overload(self, op_or_fn: Any, args: tuple[Any, ...]) -> OpOverload | None:
+    def _caught_overload(self, op_or_fn: Selectable, args: tuple[Any, ...]) -> OpOverload | None:
         """The overload of the IR op that is to be warmed up; None for a function.
 
         Raises:
@@ -292,7 +294,7 @@ class DispatchCompileMode(QuietMode):
             return overload
         raise ValueError(f"warmup: the mode does not catch {overload}; look at its ops= or register the op first")
 
-    def explain(self, op: Any, /, *args: Any, **kwargs: Any) -> Explanation:
+    def explain(self, op: Selectable, /, *args: Any, **kwargs: Any) -> Explanation:
         """What the mode would do with a call if it were made now on this thread, and why.
 
         Nothing runs or is compiled, counted, cached or traced; an implementation that is not compiled yet is captured,

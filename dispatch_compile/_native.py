@@ -8,7 +8,7 @@ import inspect
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, ClassVar, TypeVar, overload
@@ -334,7 +334,7 @@ def _decorated(fn: Any, activations: tuple[str, ...] | None, mutates_args: tuple
         return fn
     options = (activations, mutates_args, name)
     with _lock:
-        natives: dict[Any, Native] = vars(fn).setdefault(NATIVES_OF, {})
+        natives: dict[Hashable, Native] = vars(fn).setdefault(NATIVES_OF, {})
         found = natives.get(options)
         if found is None:
             full_name = _free_name(name or f"{fn.__module__}.{fn.__qualname__}")

@@ -100,7 +100,7 @@ def test_what_a_wheel_has(tmp_path):
         text,
         """\
 dispatch_compile: __init__ __main__ _body _enable _mode _native _version _warmup py.typed testing
-dispatch_compile/_basics: __init__ checks errors fork summary
+dispatch_compile/_basics: __init__ checks errors fork nodes summary
 dispatch_compile/_cache: __init__ background cache counters making orders retry table
 dispatch_compile/_call: __init__ decision explain kernel profiler route
 dispatch_compile/_compile: __init__ capture compilation config failure inlining layouts numbers options

@@ -666,6 +666,23 @@ def test_a_decomposition_of_ones_own_comes_before_inductors():
     assert code.run([torch.ones(4, 3)])[0].tolist() == [[3.0] * 3] * 4
 
 
+@covers("overload_named")
+def test_overload_named():
+    packet = torch.ops.aten.add
+    assert [dispatch.overload_named(packet, name)._overloadname for name in packet.overloads()] == packet.overloads()
+
+
+@covers("is_jit_tracing")
+def test_is_jit_tracing():
+    def body(x: Tensor) -> Tensor:
+        seen.append(dispatch.is_jit_tracing())
+        return x + 1
+
+    seen: list[bool] = []
+    torch.jit.trace(body, torch.ones(2), check_trace=False)
+    assert (seen, dispatch.is_jit_tracing()) == ([True], False)
+
+
 @covers("functional_op")
 def test_functional_op():
     aten = torch.ops.aten

@@ -12,11 +12,11 @@ import os
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from .._compile.config import CompileConfig
 from .._compile.reading import CannotTell
 from .._ir import registry
+from .._ir.protocol import Impl, Op
 from .._saved.artifacts import Artifact, Artifacts, folder_from_environment, read, write
 from . import background
 from .counters import KINDS, CountersByOp, OpCounters, count_for
@@ -48,7 +48,7 @@ class CacheStats:
 class _Entry:
     """What a cache holds for one implementation: the op that it belongs to, and its tables."""
 
-    def __init__(self, op: Any) -> None:
+    def __init__(self, op: Op) -> None:
         self.op = weakref.ref(op)
         self.tables: dict[CompileConfig, Table] = {}
 
@@ -73,14 +73,14 @@ class NativeCache:
     def __init__(self) -> None:
         self._counters: CountersByOp = {}
         count_for(self, self._counters)
-        self._entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
+        self._entries: weakref.WeakKeyDictionary[Impl, _Entry] = weakref.WeakKeyDictionary()
         self.artifacts = Artifacts(folder=folder_from_environment())
         _caches.add(self)
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def table(self, op: Any, impl: Any, config: CompileConfig) -> Table:
+    def table(self, op: Op, impl: Impl, config: CompileConfig) -> Table:
         """The specializations of an op's implementation under a configuration, made on first use."""
         with _lock:
             entry = self._entries.get(impl)
@@ -88,7 +88,7 @@ class NativeCache:
                 entry = self._entries[impl] = _Entry(op)
             return entry.tables.setdefault(config, Table())
 
-    def existing_table(self, impl: Any, config: CompileConfig) -> Table | None:
+    def existing_table(self, impl: Impl, config: CompileConfig) -> Table | None:
         """The specializations of an implementation under a configuration, if any were asked for; nothing is added."""
         with _lock:
             entry = self._entries.get(impl)
@@ -145,7 +145,7 @@ class NativeCache:
         """
         return background.wait(timeout)
 
-    def drop_unregistered(self, known: Container[Any]) -> None:
+    def drop_unregistered(self, known: Container[Op]) -> None:
         """Drop the code of ops that are not among the ``known`` ones."""
         self._drop(lambda entry: entry.op() not in known)
 
@@ -171,7 +171,7 @@ class NativeCache:
         return f"NativeCache({len(self)} implementations, {self.stats()})"
 
 
-def _artifacts_of(impl: Any, entry: _Entry) -> Iterator[Artifact]:
+def _artifacts_of(impl: Impl, entry: _Entry) -> Iterator[Artifact]:
     for table in list(entry.tables.values()):
         for key, specialization in table.specializations():
             code = specialization.code

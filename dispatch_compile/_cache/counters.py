@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from typing import Any
 
 KINDS = ("compiles", "hits", "fallbacks", "asides", "loads")
 
@@ -46,7 +45,7 @@ _living: dict[int, CountersByOp] = {}
 _of_the_dead: dict[str, Counter[str]] = {}
 
 
-def count_for(cache: Any, by_op: CountersByOp) -> None:
+def count_for(cache: object, by_op: CountersByOp) -> None:
     """Have :func:`counters` include a cache's counts, also after the cache is gone."""
     number = id(by_op)
     _living[number] = by_op

@@ -25,7 +25,7 @@ from .._compile.outcome import IN_BACKGROUND, Aside, Eager, Failed
 from .._compile.specialization import Specialization
 from .._dispatch.active import EVERY_OP, enter, suspended
 from .._ir import registry
-from .._ir.protocol import KERNEL, Impl, Op, eager_provider, overloads
+from .._ir.protocol import KERNEL, Impl, Op, eager_provider, is_prioritized, overloads
 from .._specialize.arguments import NOTHING_LEARNED, Arguments, flatten
 from .._specialize.aside import why_own_kind
 from .._specialize.callee import full_name
@@ -340,8 +340,7 @@ def _stepped_aside(
     inputs = [text_of(summary_of(value)) for value in args]
     inputs += [f"{name}={text_of(summary_of(value))}" for name, value in kwargs.items()]
     # An op of another library with a reference implementation has that one alone, and no priority.
-    priority = tuple(getattr(op, "get_priority", list)())
-    impls: Mapping[str, Any] = getattr(op, "impls", {})
+    priority, impls = (tuple(op.get_priority()), op.impls) if is_prioritized(op) else ((), {})
     before = priority[: priority.index(impl.provider)] if impl.provider in priority else priority
     skipped = dict.fromkeys(before, "its supports_args says no")
     if priority:

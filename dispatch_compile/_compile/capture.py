@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from .._basics.errors import first_line
+from .._basics.nodes import op_or_none, tensor_of, tensor_or_none
 from .._dispatch.active import natives_told
 from .._ir.protocol import Impl
 from .._ir.registry import called_through_torch
@@ -29,6 +30,9 @@ from .inlining import NO_CALLS, Composition, Inlining
 from .numbers import WITH_SYMBOLS, NumbersAsTensors
 from .results import Result, result_of
 from .surroundings import NOTHING_READ, Surroundings, Watch, watch_of
+
+if TYPE_CHECKING:
+    from .._torch.capture import FakeTensorMode, ShapeEnv
 
 
 class CannotCapture(Exception):
@@ -49,10 +53,10 @@ class Captured:
 
     graph: GraphModule
     token_counts: dict[str, torch.SymInt]  # by the source that reads it: a0.size(0)
-    number_symbols: list[Any]  # for the dynamic numbers
-    numbers: list[Any]  # what the graph takes for them: the symbol of an integer, a tensor of one element for a float
+    number_symbols: list[torch.SymInt | torch.SymFloat]  # for the dynamic numbers
+    numbers: list[torch.SymInt | torch.Tensor]  # the graph takes for them: an integer's symbol, a float's tensor
     fakes: list[torch.Tensor]
-    shape_env: Any
+    shape_env: ShapeEnv
     result: Result
     written: tuple[Leaf, ...]  # the arguments that the implementation writes to
     arguments: Arguments
@@ -60,7 +64,7 @@ class Captured:
     surroundings: Surroundings  # what it read of the program around it
 
     @property
-    def inputs(self) -> list[Any]:
+    def inputs(self) -> list[torch.SymInt | torch.Tensor]:
         """What the graph takes, as symbols and fake tensors."""
         return [*self.token_counts.values(), *self.numbers, *self.fakes]
 
@@ -77,7 +81,7 @@ class Captured:
     def outputs(self) -> list[torch.Tensor]:
         """What the graph returns, as fake tensors."""
         [returned] = next(iter(reversed(self.graph.graph.nodes))).args
-        return [node.meta["val"] for node in returned]
+        return [tensor_of(node) for node in returned]
 
     @property
     def symbols(self) -> dict[str, str]:
@@ -100,7 +104,8 @@ class Captured:
 
     def guards(self) -> str | None:
         """What must hold of the dynamic sizes, as an expression in terms of the leaves' sources; None if nothing."""
-        text = self.shape_env.produce_guards_expression([*self.number_symbols, *self.fakes]) or ""
+        placeholders: Any = [*self.number_symbols, *self.fakes]  # torch leaves out the symbols of floats
+        text = self.shape_env.produce_guards_expression(placeholders) or ""
         sources = [leaf.source for leaf in (*self.arguments.dynamic_numbers, *self.arguments.tensors)]
         text = re.sub(r"L\['t(\d+)'\]", lambda match: sources[int(match[1])], text)
         text = re.sub(r"\.(size|stride)\(\)\[(\d+)\]", r".\1(\2)", text)
@@ -226,7 +231,7 @@ def _traced(
     )
 
 
-def _looks(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _looks(tensor: torch.Tensor) -> tuple[object, ...]:
     """What of a tensor is not its values. Code does not change it, so that an implementation must not."""
     # What a fake tensor remembers of itself is in attributes, too: _nonzero_memo, _sizes_capsule, ...
     attributes = {name: value for name, value in vars(tensor).items() if not re.search("_memo|_capsule", name)}
@@ -255,19 +260,19 @@ _BOOLEANS = (torch.ops.aten.any, torch.ops.aten.all)
 _DECOMPOSED = {op: _of_bytes(op) for packet in _BOOLEANS for op in (packet.default, packet.dim, packet.dims)}
 
 
-def _fake_like(tensor: torch.Tensor, fake_mode: Any) -> torch.Tensor:
+def _fake_like(tensor: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
     with fake_mode, torch.inference_mode(tensor.is_inference()):
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def _number_tensor(fake_mode: Any) -> torch.Tensor:
+def _number_tensor(fake_mode: FakeTensorMode) -> torch.Tensor:
     with fake_mode:
         return torch.empty((), dtype=torch.float64)
 
 
 def _fake_inputs(
-    arguments: Arguments, shape_env: Any, fake_mode: Any, tokens: Mapping[int, int]
-) -> tuple[dict[str, torch.SymInt], list[Any], list[torch.Tensor]]:
+    arguments: Arguments, shape_env: ShapeEnv, fake_mode: FakeTensorMode, tokens: Mapping[int, int]
+) -> tuple[dict[str, torch.SymInt], list[torch.SymInt | torch.SymFloat], list[torch.Tensor]]:
     """A fake for every tensor leaf, each with storage of its own: a tensor given twice is two inputs."""
     numbers = [dynamic_number(shape_env, leaf.value, f"t{i}") for i, leaf in enumerate(arguments.dynamic_numbers)]
     symbols: dict[int, torch.SymInt] = {}  # tensors with as many tokens share the symbol, as guards then say
@@ -294,7 +299,7 @@ def _unregister_constants(graph: GraphModule) -> None:
         setattr(graph, name, constant)
 
 
-def _check_inputs(inputs: Sequence[torch.Tensor], before: Sequence[Any], arguments: Arguments) -> None:
+def _check_inputs(inputs: Sequence[torch.Tensor], before: Sequence[object], arguments: Arguments) -> None:
     for tensor, looks, leaf in zip(inputs, before, arguments.tensors, strict=True):
         if str(_looks(tensor)) != str(looks):  # what is known of symbols has changed in both
             raise StepAside(f"the implementation changes the shape, memory or attributes of its argument {leaf.name}")
@@ -334,17 +339,17 @@ def _check_graph(graph: GraphModule, parameters: Parameters, arguments: Argument
     owners = {_storage(fake): leaf for fake, leaf in zip(fakes, arguments.tensors, strict=True)}
     changed: dict[str, Leaf] = {}
     for node in nodes:
-        if not isinstance(node.target, OpOverload):
+        op = op_or_none(node)
+        if op is None:
             continue
-        tags = node.target.tags
-        if torch.Tag.nondeterministic_seeded in tags:
-            raise StepAside(f"the implementation draws random numbers ({node.target})")
-        if torch.Tag.data_dependent_output in tags or size_depends_on_values(node.meta.get("val")):
-            raise CannotCapture(f"it depends on the values in a tensor ({node.target})")
-        if node.target is torch.ops.aten.as_strided.default:
+        if torch.Tag.nondeterministic_seeded in op.tags:
+            raise StepAside(f"the implementation draws random numbers ({op})")
+        if torch.Tag.data_dependent_output in op.tags or size_depends_on_values(node.meta.get("val")):
+            raise CannotCapture(f"it depends on the values in a tensor ({op})")
+        if op is torch.ops.aten.as_strided.default:
             raise StepAside("the implementation uses as_strided, which reads the storage offset")
-        for written in _written(node):
-            leaf = owners.get(_storage(written.meta["val"]))
+        for written in _written(node, op):
+            leaf = owners.get(_storage(tensor_of(written)))
             if leaf is not None:
                 _check_may_be_written(leaf, parameters)
                 changed[leaf.source] = leaf
@@ -361,22 +366,25 @@ def _check_may_be_written(leaf: Leaf, parameters: Parameters) -> None:
 def _may_raise(node: Node) -> bool:
     """Whether an op may raise because of values: an index out of range, integers divided by zero, a matrix without
     inverse. It cannot if there are no values, or if it computes with floats one by one."""
-    if not isinstance(node.target, OpOverload):
+    op = op_or_none(node)
+    if op is None:
         return False
-    values = [value for of in node.all_input_nodes if isinstance(value := of.meta.get("val"), torch.Tensor)]
-    copies = node.target.is_view or node.target is torch.ops.aten._to_copy.default
-    one_by_one = copies or torch.Tag.pointwise in node.target.tags
+    values = [value for of in node.all_input_nodes if (value := tensor_or_none(of)) is not None]
+    copies = op.is_view or op is torch.ops.aten._to_copy.default
+    one_by_one = copies or torch.Tag.pointwise in op.tags
     return any(
         0 not in value.shape and not (one_by_one and (value.is_floating_point() or value.is_complex()))
         for value in values
     )
 
 
-def _written(node: Node) -> Iterator[Node]:
-    for i, parameter in enumerate(node.target._schema.arguments):
+def _written(node: Node, op: OpOverload) -> Iterator[Node]:
+    for i, parameter in enumerate(op._schema.arguments):
         if parameter.alias_info is not None and parameter.alias_info.is_write:
             value = node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
-            yield from (item for item in (value if isinstance(value, (list, tuple)) else [value]) if item is not None)
+            yield from (
+                item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, Node)
+            )
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -20,7 +20,7 @@ from .config import NATIVE, CompileConfig, not_in_providers
 from .predicates import Reads, Unclear, reads_of
 
 if TYPE_CHECKING:
-    from .._ir.protocol import Impl, Op
+    from .._ir.protocol import Impl, TorchOp
 
 _OWN_NAMESPACE = "dispatch_compile::"
 
@@ -31,12 +31,12 @@ class _Dispatch:
     read. It keeps none of them alive."""
 
     name: str  # ns::name
-    op: weakref.ref[Op]
+    op: weakref.ref[TorchOp]
     tried: tuple[weakref.ref[Impl], ...]
     reads: tuple[Reads, ...]
 
     @staticmethod
-    def of(op: Any) -> _Dispatch:
+    def of(op: TorchOp) -> _Dispatch:
         """What it goes by now.
 
         Raises:
@@ -68,7 +68,7 @@ class _Dispatch:
         return len(tried) == len(self.tried) and all(map(_is_alive_as, self.tried, tried))
 
 
-def _is_alive_as(reference: weakref.ref[Any], value: Any) -> bool:
+def _is_alive_as(reference: weakref.ref[Impl], value: Impl) -> bool:
     return reference() is value
 
 
@@ -189,7 +189,7 @@ class Inlining(QuietMode):
         finally:
             self._within.pop()
 
-    def _chosen(self, op: Any, overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Impl:
+    def _chosen(self, op: TorchOp, overload: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Impl:
         """The implementation to inline.
 
         Raises:
@@ -199,7 +199,7 @@ class Inlining(QuietMode):
         if dispatch is None:
             dispatch = self._dispatches[id(op)] = _Dispatch.of(op)
         try:
-            impl: Impl = op.dispatch(*args, **kwargs)
+            impl = op.dispatch(*args, **kwargs)
         except Exception as error:
             raise Unclear(f"its dispatch raises {type(error).__name__}") from error
         if not any(impl is tried() for tried in dispatch.tried):

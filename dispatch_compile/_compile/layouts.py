@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+from .._basics.nodes import op_or_none
 from .._specialize.arguments import with_tokens
 from .._torch.capture import at_least, size_at, size_text
-from .._torch.dispatch import OpOverload, reinterpret_tensor
+from .._torch.dispatch import reinterpret_tensor
 from .capture import Captured
 
 
@@ -70,12 +71,12 @@ class _AsPromised(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        if isinstance(n.target, OpOverload):
+        op = op_or_none(n)
+        if op is not None:
             for given, promised in zip(_tensors(result), _tensors(n.meta.get("val")), strict=True):
                 if not _is_as(given, promised):
                     raise RuntimeError(
-                        f"{n.target} gives {Layout.of(given)} where torch's meta kernel for it promises "
-                        f"{Layout.of(promised)}"
+                        f"{op} gives {Layout.of(given)} where torch's meta kernel for it promises {Layout.of(promised)}"
                     )
         return result
 

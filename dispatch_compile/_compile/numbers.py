@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .._basics.nodes import op_or_none, tensor_of
 from .._torch.capture import sym_sqrt
-from .._torch.dispatch import OpOverload
+from .._torch.dispatch import OpOverload, overload_named
 from .._torch.inductor import functional_op
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -45,7 +46,7 @@ WITH_SYMBOLS = {aten.where.ScalarOther: _where, aten.where.ScalarSelf: _where}
 # What makes a tensor of a number, with the number as the last of the inputs.
 _MAKES = {aten.scalar_tensor.default, aten.full.default}
 
-_OF_NUMBERS: Mapping[Any, Callable[..., Any]] = {
+_OF_NUMBERS: Mapping[object, Callable[..., Tensor]] = {
     **{op: op for op in (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow)},
     torch.sym_float: lambda number: number,
     torch.sym_max: torch.maximum,
@@ -67,14 +68,16 @@ class NumbersAsTensors(fx.Interpreter):
         if n.op != "call_function" or not numbers:
             return super().run_node(n)
         if n.target in _MAKES:
-            number = prims.convert_element_type(self.env[n.all_input_nodes[-1]], n.meta["val"].dtype)
-            return number.expand(n.meta["val"].shape).clone(memory_format=torch.contiguous_format)
-        if isinstance(n.target, OpOverload):
-            functional = functional_op(n.target)
+            made = tensor_of(n)
+            number = prims.convert_element_type(self.env[n.all_input_nodes[-1]], made.dtype)
+            return number.expand(made.shape).clone(memory_format=torch.contiguous_format)
+        op = op_or_none(n)
+        if op is not None:
+            functional = functional_op(op)
             if functional._schema.is_mutable:
-                raise CannotTakeNumber(f"{n.target} takes a number that changes")
+                raise CannotTakeNumber(f"{op} takes a number that changes")
             call = _Call(functional, numbers, [*args, *kwargs.values()])
-            return call(args, kwargs, n.meta["val"]) if functional is n.target else call.in_place(args, kwargs)
+            return call(args, kwargs, n.meta["val"]) if functional is op else call.in_place(args, kwargs)
         if n.target not in _OF_NUMBERS:
             raise CannotTakeNumber(f"it computes with a number that changes by {n.target}")
         return _OF_NUMBERS[n.target](*map(_number, args))
@@ -105,25 +108,28 @@ class _Call:
         wide = [torch.float32 if dtype in _SIXTEEN_BITS and not self.rounds else dtype.to_real() for dtype in floating]
         self.dtype = max(wide, key=lambda dtype: dtype.itemsize, default=torch.get_default_dtype())
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], expected: Any) -> Any:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], expected: object) -> Tensor:
         op = self._of_tensors(args)
         parameters = op._schema.arguments
         operands = [self._operand(value, p.type) for value, p in zip(args, parameters, strict=False)]
         named = {p.name: self._operand(kwargs[p.name], p.type) for p in parameters if p.name in kwargs}
-        result = op(*operands, **named)
+        result: Tensor = op(*operands, **named)
         if not isinstance(expected, Tensor):
             raise CannotTakeNumber(f"{self.op} takes a number that changes")
-        return result if result.dtype is expected.dtype else prims.convert_element_type(result, expected.dtype)
+        if result.dtype is not expected.dtype:
+            result = prims.convert_element_type(result, expected.dtype)
+        return result
 
-    def in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The same for an op that changes its first argument."""
-        return args[0].copy_(self(args, kwargs, args[0]))
+        changed: Tensor = args[0]
+        return changed.copy_(self(args, kwargs, changed))
 
     def _of_tensors(self, args: tuple[Any, ...]) -> OpOverload:
         """The overload of the op that takes tensors where this one is given them."""
         packet = self.op.overloadpacket
         for name in (self.op._overloadname, *packet.overloads()):
-            candidate: OpOverload = getattr(packet, name)
+            candidate = overload_named(packet, name)
             parameters = candidate._schema.arguments
             takes_all = all(
                 "Tensor" in str(parameter.type)
@@ -135,7 +141,7 @@ class _Call:
                 return candidate
         raise CannotTakeNumber(f"{self.op} takes a number that changes")
 
-    def _operand(self, value: Any, parameter_type: Any) -> Any:
+    def _operand(self, value: Any, parameter_type: object) -> Any:
         if isinstance(value, Tensor) and id(value) in self.numbers:
             return prims.convert_element_type(value, self.dtype)
         if isinstance(value, (int, float)) and "Tensor" in str(parameter_type):

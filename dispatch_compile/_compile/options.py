@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
+from .._basics.nodes import op_or_none, tensor_or_none
 from .._dispatch.opaque import TORCH_NAMESPACES
-from .._torch.dispatch import OpOverload
 from .capture import Captured
 
 
@@ -33,7 +33,8 @@ def options_for(captured: Captured) -> dict[str, Any]:
 
 
 def _is_of_other_library(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target.namespace not in TORCH_NAMESPACES
+    op = op_or_none(node)
+    return op is not None and op.namespace not in TORCH_NAMESPACES
 
 
 def _rounding(captured: Captured) -> Mapping[str, Any]:
@@ -48,20 +49,24 @@ def _rounding(captured: Captured) -> Mapping[str, Any]:
 
 def _amplifies_rounding(node: Node) -> bool:
     """Whether the node rounds to 16 bits and something other than a product takes the result."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dtype not in _SIXTEEN_BITS or _only_moves_values(node):
+    value = tensor_or_none(node)
+    if value is None or value.dtype not in _SIXTEEN_BITS or _only_moves_values(node):
         return False
-    return not all(
-        user.op == "output" or getattr(user.target, "overloadpacket", None) in _PRODUCTS for user in node.users
-    )
+    return not all(user.op == "output" or _is_product(user) for user in node.users)
+
+
+def _is_product(node: Node) -> bool:
+    op = op_or_none(node)
+    return op is not None and op.overloadpacket in _PRODUCTS
 
 
 def _only_moves_values(node: Node) -> bool:
     if node.target is operator.getitem:
         return _only_moves_values(cast(Node, node.args[0]))
-    if not isinstance(node.target, OpOverload):
-        return bool(node.op == "placeholder")
-    return bool(node.target.is_view or node.target.overloadpacket in _MOVES)
+    op = op_or_none(node)
+    if op is None:
+        return node.op == "placeholder"
+    return op.is_view or op.overloadpacket in _MOVES
 
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -74,7 +79,6 @@ def _bounds_checks(captured: Captured) -> Mapping[str, Any]:
 
     Whatever has integers may use them as indices.
     """
-    values = [node.meta.get("val") for node in captured.graph.graph.nodes]
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    tensors = [value for node in captured.graph.graph.nodes if (value := tensor_or_none(node)) is not None]
     indexes = any(t.device.type == "cpu" and t.dtype in (torch.int32, torch.int64) for t in tensors)
     return {"cpp.threads": 1} if indexes else {}

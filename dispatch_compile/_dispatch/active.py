@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from .._basics.checks import check_plain
 from .._torch.dispatch import torchs_modes
@@ -147,7 +147,7 @@ def natives_told(listener: Callable[[str], None]) -> Iterator[None]:
         _innermost.reset(token)
 
 
-def bodies_watched() -> AbstractContextManager[Any]:
+def bodies_watched() -> AbstractContextManager[object]:
     """Let the modes that are to see every op see those in the body of an op: torch takes a mode off its stack while
     that handles the op."""
     watching = [mode for mode in active_modes() if mode.interception == EVERY_OP]

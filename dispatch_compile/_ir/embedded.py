@@ -18,7 +18,7 @@ import torch
 from torch.library import Library, infer_schema
 
 from .._basics.checks import check_bools, check_implementation, check_plain, checked_activations, checked_names
-from .._torch.dispatch import OpOverload, parse_schema
+from .._torch.dispatch import OpOverload, overload_named, parse_schema
 from . import registry
 from .protocol import NATIVE
 
@@ -124,7 +124,7 @@ class IrOp:
         self._library.impl(qualified, _weakly(kernel), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{qualified}", _weakly(self._run_fake), lib=self._library)
         packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
-        return getattr(packet, qualified.partition(".")[2] or "default")
+        return overload_named(packet, qualified.partition(".")[2] or "default")
 
     def _inplace_schema(self, native: Callable[..., Any]) -> str:
         returns = self._schema.partition(" -> ")[2]

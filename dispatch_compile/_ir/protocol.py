@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeGuard
 
 from .._torch.dispatch import OpOverload
 
@@ -15,6 +15,10 @@ class Impl(Protocol):
 
     provider: str
 
+    @property
+    def impl_fn(self) -> Callable[..., Any]:
+        """The function that was given as the implementation."""
+
     def func_impl_fn(self, *args: Any, **kwargs: Any) -> Any:
         """The implementation with functional semantics: no argument is changed."""
 
@@ -22,14 +26,62 @@ class Impl(Protocol):
 class Op(Protocol):
     """An IR op, as the interposer sees it (``vllm.ir``'s ``IrOp`` is one); or a native.
 
-    An op that is called through torch has its ``OpOverload`` as ``torch_op``, and may have one that works in place as
-    ``maybe_inplace.torch_op``; see :func:`overloads`.
+    An op that is called through torch is a :class:`TorchOp`, one with several implementations a :class:`Prioritized`.
     """
 
     activations: list[str]
 
     def dispatch(self, *args: Any, **kwargs: Any) -> Impl:
         """The implementation that priority and ``supports_args`` choose for these arguments."""
+
+
+class WithOverload(Protocol):
+    """What stands for an ``OpOverload``."""
+
+    @property
+    def torch_op(self) -> OpOverload:
+        """The overload that a call of it is a call of."""
+
+
+class TorchOp(Op, WithOverload, Protocol):
+    """An op that is called through torch.
+
+    It may have another overload, which works in place, as ``maybe_inplace.torch_op``; see :func:`overloads`.
+    """
+
+
+class PrioritizedImpl(Impl, Protocol):
+    """One of the implementations that an op's dispatch chooses from."""
+
+    @property
+    def supported(self) -> bool:
+        """Whether this machine can run it at all."""
+
+    @property
+    def supports_all_args(self) -> bool:
+        """Whether it takes any arguments; else ``_supports_args`` says which."""
+
+    @property
+    def _supports_args(self) -> Callable[..., Any] | None: ...
+
+
+class Prioritized(Op, Protocol):
+    """An op whose dispatch goes by a priority."""
+
+    @property
+    def impls(self) -> Mapping[str, PrioritizedImpl]:
+        """The implementations, by provider."""
+
+    def get_priority(self) -> list[str]:
+        """The providers that dispatch tries, in order."""
+
+
+def is_torch_op(op: Op) -> TypeGuard[TorchOp]:
+    return hasattr(op, "torch_op")
+
+
+def is_prioritized(op: Op) -> TypeGuard[Prioritized]:
+    return hasattr(op, "get_priority")
 
 
 def eager_provider(op: Op, impl: Impl) -> str:
@@ -57,11 +109,11 @@ def overloads_or_none(op: Op) -> list[OpOverload | None]:
     return list(overloads(op)) or [None]
 
 
-def implementations_tried(op: Any) -> list[Any]:
+def implementations_tried(op: Op) -> list[Impl]:
     """The implementations that an op's dispatch tries, in order, up to one that takes any arguments."""
-    if not hasattr(op, "get_priority"):
+    if not is_prioritized(op):
         return [op.dispatch()]
-    tried = []
+    tried: list[Impl] = []
     for provider in op.get_priority():
         impl = op.impls[provider]
         tried.append(impl)
@@ -70,6 +122,10 @@ def implementations_tried(op: Any) -> list[Any]:
     return [*tried, op.impls[NATIVE]]
 
 
-def supports_args_of(impl: Any) -> Callable[..., Any] | None:
+def supports_args_of(impl: Impl) -> Callable[..., Any] | None:
     """The function that says which arguments an implementation takes; None if it takes any."""
-    return None if getattr(impl, "supports_all_args", True) else impl._supports_args
+    return impl._supports_args if _takes_only_some(impl) else None
+
+
+def _takes_only_some(impl: Impl) -> TypeGuard[PrioritizedImpl]:
+    return not getattr(impl, "supports_all_args", True)

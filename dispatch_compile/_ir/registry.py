@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
 
 from .._torch.dispatch import OpOverload
-from .protocol import Op, overloads
+from .protocol import Op, TorchOp, is_torch_op, overloads
 
 Source = Callable[[], Iterable["Op"]]
 
@@ -75,12 +74,12 @@ def known_ops() -> list[Op]:
     return [op for source in _sources for op in source()]
 
 
-def torch_ops() -> list[Any]:
+def torch_ops() -> list[TorchOp]:
     """Those of them that are called through torch; quicker, for those that are polled are not looked at."""
-    return [op for source in _quick for op in source() if hasattr(op, "torch_op")]
+    return [op for source in _quick for op in source() if is_torch_op(op)]
 
 
-def op_meant_by(value: Any) -> Any | None:
+def op_meant_by(value: object) -> TorchOp | None:
     """The IR op that is called by ``value``: the op itself, one of its overloads, or their packet."""
     for op in torch_ops():
         if value is op or value is getattr(op, "maybe_inplace", op) or value is op.torch_op.overloadpacket:

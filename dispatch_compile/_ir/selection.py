@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from .._torch.dispatch import OpOverload, OpOverloadPacket, has_schema
-from .protocol import overloads, overloads_or_none
+from .._torch.dispatch import OpOverload, OpOverloadPacket, has_schema, overload_named
+from .protocol import Op, WithOverload, overloads, overloads_or_none
 from .registry import known_ops
 
+if TYPE_CHECKING:
+    from .._native import Native
 
-def overload_of(op: Any, asked_by: str) -> OpOverload:
+
+# What an op, or a function that is a native, is meant by.
+Selectable = WithOverload | OpOverload | OpOverloadPacket | str | Callable[..., Any]
+
+
+def overload_of(op: Selectable, asked_by: str) -> OpOverload:
     """The overload that is meant by an IR op object, an ``OpOverload``, an ``OpOverloadPacket`` or ``"ns::name"``.
 
     Raises:
@@ -27,28 +34,35 @@ def overload_of(op: Any, asked_by: str) -> OpOverload:
         packet = getattr(getattr(torch.ops, namespace), name, None) if rest else None
         if packet is None:
             raise ValueError(f'{asked_by}: no op {op!r}; write "namespace::name" of a registered op')
-        op = getattr(packet, overload_name, None) if overload_name else packet
-        if op is None:
+        named = getattr(packet, overload_name, None) if overload_name else packet
+        if named is None:
             raise ValueError(f"{asked_by}: {packet} has no overload {overload_name!r}")
-        return overload_of(op, asked_by)
+        return overload_of(named, asked_by)
     if isinstance(op, OpOverloadPacket):
-        candidates = [name for name in op.overloads() if is_registered(getattr(op, name))]  # not those of TorchScript
-        if "default" in candidates or len(candidates) == 1:
-            return getattr(op, "default" if "default" in candidates else candidates[0])
-        raise ValueError(f"{asked_by}: {op} has the overloads {candidates}; name the one you mean")
-    if isinstance(getattr(op, "torch_op", None), OpOverload):
-        return op.torch_op
+        return _only_overload(op, asked_by)
+    torch_op = getattr(op, "torch_op", None)
+    if isinstance(torch_op, OpOverload):
+        return torch_op
     raise TypeError(f"{asked_by}: op must be an OpOverload (torch.ops.ns.name.default) or 'ns::name', not {op!r}")
+
+
+def _only_overload(packet: OpOverloadPacket, asked_by: str) -> OpOverload:
+    names = [
+        name for name in packet.overloads() if is_registered(overload_named(packet, name))
+    ]  # none of TorchScript's
+    if "default" in names or len(names) == 1:
+        return overload_named(packet, "default" if "default" in names else names[0])
+    raise ValueError(f"{asked_by}: {packet} has the overloads {names}; name the one you mean")
 
 
 def is_registered(overload: OpOverload) -> bool:
     return has_schema(overload.name())
 
 
-Selects = Callable[[Any, "OpOverload | None"], bool]
+Selects = Callable[[Op, "OpOverload | None"], bool]
 
 
-def selection(ops: Iterable[Any] | None) -> Selects:
+def selection(ops: Iterable[Selectable] | None) -> Selects:
     """The test whether a mode's ``ops=`` selects an overload of an IR op, or a native, which has no overload.
 
     Raises:
@@ -61,17 +75,18 @@ def selection(ops: Iterable[Any] | None) -> Selects:
         ops = (ops,)
     tests = [_item_test(item) for item in ops]
 
-    def selects(op: Any, overload: OpOverload | None) -> bool:
+    def selects(op: Op, overload: OpOverload | None) -> bool:
         return any(test(op, overload) for test in tests)
 
     return selects
 
 
-def _names(op: Any, overload: OpOverload | None) -> tuple[str, ...]:
+def _names(op: Op, overload: OpOverload | None) -> tuple[str, ...]:
     """The names that select an overload: ``ns``, ``ns::name`` and, as in a trace, ``ns::name.overload``; or a native:
     its module and its name."""
     if overload is None:
-        return op.module, op.name
+        native = cast("Native", op)
+        return native.module, native.name
     qualified: str = overload._schema.name
     return overload.namespace, qualified, f"{qualified}.{overload._overloadname}"
 

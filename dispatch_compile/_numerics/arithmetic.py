@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .._basics.nodes import op_of, op_or_none, tensor_of, tensor_or_none
 from .._torch.dispatch import OpOverload, OpOverloadPacket
 from .._torch.inductor import compile_node, functional_op, graph_pass
 from . import bitwise
@@ -51,7 +52,7 @@ class Rule:
 def rule_for(node: Node) -> Rule | None:
     """The rule for one op of a graph, if there is any."""
     device = _device(node)
-    for rule in (*RULES_FOR_ALL, *RULES.get(functional_op(node.target).overloadpacket, ())):
+    for rule in (*RULES_FOR_ALL, *RULES.get(functional_op(op_of(node)).overloadpacket, ())):
         mended = rule.before is not None and torch.__version__ >= rule.before
         if not mended and rule.device in (None, device) and rule.when(node):
             return rule
@@ -59,8 +60,8 @@ def rule_for(node: Node) -> Rule | None:
 
 
 def _device(node: Node) -> str | None:
-    values = [*bitwise.tensors(node), node.meta.get("val")]
-    devices = [value.device.type for value in values if isinstance(value, torch.Tensor)]
+    values = [*bitwise.tensors(node), tensor_or_none(node)]
+    devices = [value.device.type for value in values if value is not None]
     return next((device for device in devices if device != CPU), CPU if devices else None)
 
 
@@ -89,7 +90,7 @@ def _of_bools(node: Node) -> bool:
 
 
 def _takes_root(node: Node) -> bool:
-    return node.args[1] == 0.5 and _in_16_bits(node)
+    return bool(node.args[1] == 0.5) and _in_16_bits(node)
 
 
 def _by_integer_zero(node: Node) -> bool:
@@ -104,15 +105,15 @@ def _at_zero(node: Node) -> bool:
 def _scaled(node: Node) -> bool:
     """Whether an operand is multiplied first. Of integers, the sum is exact; of bools, it is none but 0 and 1."""
     alpha = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
-    return alpha != 1 and (_of_floats(node) or node.meta["val"].dtype is torch.bool)
+    return bool(alpha != 1) and (_of_floats(node) or tensor_of(node).dtype is torch.bool)
 
 
 def _shifts_beyond(node: Node) -> bool:
     """Whether bits may be shifted by less than none or more than all; up to 32 bits the hardware minds the latter."""
-    dtype, by = node.meta["val"].dtype, node.args[1]
+    dtype, by = tensor_of(node).dtype, node.args[1]
     if isinstance(by, int):
         return not 0 <= by < (1 if dtype is torch.bool else torch.iinfo(dtype).bits)
-    return bool(dtype is torch.int64)
+    return dtype is torch.int64
 
 
 def _number_is_rounded(node: Node) -> bool:
@@ -127,7 +128,7 @@ def _number_is_rounded_first(node: Node) -> bool:
 
 def _by_scalar_overload(node: Node) -> bool:
     """Whether it is an overload for numbers; one in the place of a tensor, as in x + 0.1, is rounded on a CPU only."""
-    return functional_op(node.target)._overloadname == "Scalar" and _number_is_rounded(node)
+    return functional_op(op_of(node))._overloadname == "Scalar" and _number_is_rounded(node)
 
 
 def _number_second_is_rounded(node: Node) -> bool:
@@ -135,7 +136,7 @@ def _number_second_is_rounded(node: Node) -> bool:
 
 
 def _is_filled_with_rounded(node: Node) -> bool:
-    return not bitwise.holds(node.meta["val"].dtype, node.args[1])
+    return not bitwise.holds(tensor_of(node).dtype, cast(float, node.args[1]))
 
 
 def _to_byte(node: Node) -> bool:
@@ -174,7 +175,7 @@ def _inverts(node: Node) -> bool:
 
 
 def _floors(node: Node) -> bool:
-    return node.kwargs.get("rounding_mode") == "floor" and _of_floats(node)
+    return bool(node.kwargs.get("rounding_mode") == "floor") and _of_floats(node)
 
 
 def _rounds_quotient(node: Node) -> bool:
@@ -195,7 +196,7 @@ def _in_32_bits(node: Node) -> bool:
 
 
 def _gives_32_bits(node: Node) -> bool:
-    return bool(node.meta["val"].dtype is torch.float32)
+    return tensor_of(node).dtype is torch.float32
 
 
 def _in_small_integers(node: Node) -> bool:
@@ -441,11 +442,11 @@ class Treatment:
 
 def treatment(graph: GraphModule, equal_bits: bool) -> Treatment:
     """How to compile a graph for results that differ from eager ones by rounding at most; or not at all."""
-    nodes = [node for node in graph.graph.nodes if isinstance(node.target, OpOverload)]
+    nodes = [node for node in graph.graph.nodes if op_or_none(node) is not None]
     if equal_bits:
-        whole = frozenset(functional_op(node.target) for node in nodes if not bitwise.is_exact(node))
+        whole = frozenset(functional_op(op_of(node)) for node in nodes if not bitwise.is_exact(node))
         return Treatment(dict.fromkeys(whole), {**bitwise.OPTIONS, **_compiling(whole, bitwise.is_exact)})
-    found = [(functional_op(node.target), rule) for node in nodes if (rule := rule_for(node)) is not None]
+    found = [(functional_op(op_of(node)), rule) for node in nodes if (rule := rule_for(node)) is not None]
     # Where one call of an op is left to ATen, all are.
     whole = frozenset(op for op, rule in found if rule.decomposition is None)
     rules = {op: None if op in whole else rule.decomposition for op, rule in found}
@@ -460,7 +461,8 @@ def _compiling(whole: frozenset[OpOverload], compiles: Callable[[Node], bool]) -
 
     def mark(graph: Graph) -> None:
         for node in graph.nodes:
-            if isinstance(node.target, OpOverload) and node.target not in whole and compiles(node):
+            op = op_or_none(node)
+            if op is not None and op not in whole and compiles(node):
                 compile_node(node)
 
     return {"post_grad_custom_post_pass": graph_pass(mark, (__file__, bitwise.__file__), sorted(map(str, whole)))}

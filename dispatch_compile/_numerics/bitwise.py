@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
+from .._basics.nodes import op_of, op_or_none, tensor_of, tensor_or_none
 from .._torch.capture import at_least
 from .._torch.inductor import functional_op
 
@@ -48,11 +49,12 @@ _ROUNDS = {aten.add, aten.sub, aten.mul, aten.div, aten.sqrt, aten.rsqrt, aten.r
 
 def is_exact(node: Node) -> bool:
     """Whether Inductor's code for an op must give ATen's bits, but for the sign and payload of a NaN."""
-    packet = functional_op(node.target).overloadpacket
-    if node.target.is_view or isinstance(node.meta["val"], (int, torch.SymInt)):
+    op = op_of(node)
+    packet = functional_op(op).overloadpacket
+    if op.is_view or isinstance(node.meta["val"], (int, torch.SymInt)):
         return True
     # ATen's kernels depend on strides, and Inductor may choose others: it takes its operands' order of dimensions.
-    if not _is_contiguous(node.meta["val"]) or not all(map(_is_in_row_order, tensors(node))):
+    if not _is_contiguous(tensor_or_none(node)) or not all(map(_is_in_row_order, tensors(node))):
         return False
     if packet in _MOVES or packet in _MAKES:
         return True
@@ -64,19 +66,19 @@ def is_exact(node: Node) -> bool:
         # Either of 0.0 and -0.0 may be taken for the larger.
         return len(node.all_input_nodes) == 1 and 0 not in numbers(node)
     if packet is aten.neg:
-        return bool(node.meta["val"].device.type == "cpu")  # Triton subtracts from 0.0
+        return tensor_of(node).device.type == "cpu"  # Triton subtracts from 0.0
     if packet is aten.amax:
-        return bool(node.args[0].target is aten.abs.default)  # for the same reason
+        return cast(Node, node.args[0]).target is aten.abs.default  # for the same reason
     return packet in _CHOOSES or (packet in _ROUNDS and _rounds_once(node) and _is_rounded(node))
 
 
 def _rounds_once(node: Node) -> bool:
     """Whether ATen computes the op as its definition says, and Inductor as well, with one rounding."""
-    result: torch.Tensor = node.meta["val"]
-    packet, on_cpu = functional_op(node.target).overloadpacket, bool(result.device.type == "cpu")
+    result = tensor_of(node)
+    packet, on_cpu = functional_op(op_of(node)).overloadpacket, result.device.type == "cpu"
     wide = result.dtype not in _SIXTEEN_BITS
     if packet in (aten.add, aten.sub):
-        return node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2
+        return bool(node.kwargs.get("alpha", 1) == 1) and len(node.args) == 2
     if packet is aten.div:
         by_number = not isinstance(node.args[1], Node)
         return not node.kwargs and bool(on_cpu or not by_number or (wide and _has_one_reciprocal(node.args[1])))
@@ -94,7 +96,7 @@ def _rounds_once(node: Node) -> bool:
 
 def _is_rounded(node: Node) -> bool:
     """Whether what uses the result sees it rounded to its dtype."""
-    result: torch.Tensor = node.meta["val"]
+    result = tensor_of(node)
     if ROUNDS_IN_CPP or result.device.type != "cpu" or result.dtype not in _SIXTEEN_BITS:
         return True
     return all(user.op == "output" for user in node.users)
@@ -108,7 +110,7 @@ def _has_one_reciprocal(number: Any) -> bool:
 
 def _converts_exactly(node: Node) -> bool:
     [source] = tensors(node)
-    result: torch.Tensor = node.meta["val"]
+    result = tensor_of(node)
     if source.device != result.device or not (source.is_floating_point() and result.is_floating_point()):
         return False
     if source.dtype is not torch.float32 and (result.dtype is not torch.float32 or source.dtype in _FP8):
@@ -120,7 +122,8 @@ def _converts_exactly(node: Node) -> bool:
 
 def limits(node: Node) -> tuple[float, float]:
     """Between which numbers a value lies; NaN may be among them."""
-    packet = getattr(node.target, "overloadpacket", None)
+    op = op_or_none(node)
+    packet = None if op is None else op.overloadpacket
     if packet not in _CLAMPS:
         return -math.inf, math.inf
     low, high = limits(cast(Node, node.args[0]))
@@ -135,7 +138,7 @@ def limits(node: Node) -> tuple[float, float]:
 def _is_of_one_dtype(node: Node) -> bool:
     """Whether an op has operands of one dtype and device, or of dtypes that the result's holds, and no number that has
     to be rounded to that dtype: ATen computes with such numbers in float32."""
-    result: torch.Tensor = node.meta["val"]
+    result = tensor_of(node)
     operands = [tensor for tensor in tensors(node) if tensor.dtype is not torch.bool]
     if not operands or any(tensor.device != result.device or tensor.is_complex() for tensor in operands):
         return False
@@ -156,9 +159,9 @@ def holds(dtype: torch.dtype, number: float) -> bool:
     return dtype not in _SIXTEEN_BITS or torch.tensor(number, dtype=dtype).item() == number
 
 
-def _is_contiguous(tensor: Any) -> bool:
+def _is_contiguous(tensor: torch.Tensor | None) -> bool:
     """Whether a tensor is contiguous whatever the symbols in its shape stand for; False for several tensors."""
-    if not isinstance(tensor, torch.Tensor):
+    if tensor is None:
         return False
     expected: int | torch.SymInt = 1
     for size, stride in reversed(list(zip(tensor.shape, tensor.stride(), strict=True))):
@@ -175,8 +178,7 @@ def _is_in_row_order(tensor: torch.Tensor) -> bool:
 
 
 def tensors(node: Node) -> list[torch.Tensor]:
-    values = (operand.meta["val"] for operand in node.all_input_nodes)
-    return [value for value in values if isinstance(value, torch.Tensor)]
+    return [value for operand in node.all_input_nodes if (value := tensor_or_none(operand)) is not None]
 
 
 def numbers(node: Node) -> list[float]:

@@ -115,14 +115,14 @@ def _is_integer_zero(operand: Tensor | Number) -> bool:
     return isinstance(operand, int) and operand == 0
 
 
-def clamp(x: Tensor, low: Number | None = None, high: Number | None = None) -> Any:
+def clamp(x: Tensor, low: Number | None = None, high: Number | None = None) -> Tensor:
     """Of zeros of both signs, eager keeps the tensor's."""
     if low is not None:
         x = torch.where(x < low, low, x)
     return x if high is None else torch.where(x > high, high, x)
 
 
-def clamp_max(x: Tensor, high: Number) -> Any:
+def clamp_max(x: Tensor, high: Number) -> Tensor:
     return clamp(x, None, high)
 
 
@@ -188,7 +188,7 @@ def neg(x: Tensor) -> Any:
     return x * -1.0 if x.is_floating_point() else NotImplemented
 
 
-def hardtanh(x: Tensor, low: Number = -1, high: Number = 1) -> Any:
+def hardtanh(x: Tensor, low: Number = -1, high: Number = 1) -> Tensor:
     return clamp(x, low, high)
 
 

@@ -28,7 +28,7 @@ import torch
 from .._compile.config import CompileConfig
 from .._compile.reading import CannotTell, globals_read
 from .._ir import registry
-from .._ir.protocol import Impl, implementations_tried, supports_args_of
+from .._ir.protocol import Impl, TorchOp, implementations_tried, supports_args_of
 from .._torch.dispatch import OpOverload, OpOverloadPacket
 from .._torch.saved_code import inductor_overrides
 
@@ -133,7 +133,7 @@ class _Description:
             if op.torch_op.namespace in _OPS_OF_TORCH:
                 yield self._op(op, f"op {op.torch_op}")
 
-    def _op(self, op: Any, where: str) -> str:
+    def _op(self, op: TorchOp, where: str) -> str:
         """Describe what a call of an IR op may come to, which is a part of the code if it is to be compiled."""
         name = op.torch_op._schema.name
         if name in self.ops:
@@ -142,7 +142,7 @@ class _Description:
         tried = [self._impl(impl, f"an implementation of {name}") for impl in implementations_tried(op)]
         return f"op {op.torch_op._schema} {op.activations} [{'; '.join(tried)}]"
 
-    def _impl(self, impl: Any, where: str) -> str:
+    def _impl(self, impl: Impl, where: str) -> str:
         compiled = impl.provider in self._providers
         read = (impl.impl_fn if compiled else None, getattr(impl, "inplace", False), supports_args_of(impl))
         return f"{impl.provider} {compiled} {self.of(read, where)}"

@@ -11,6 +11,7 @@ from .._torch.dispatch import (
     function_modes_active,
     in_functorch_transform,
     is_functorch_wrapped,
+    is_jit_tracing,
     is_zero_tensor,
 )
 from .arguments import ABSENT, CONSTANTS, Arguments
@@ -52,7 +53,7 @@ def why_function_aside(arguments: Arguments) -> str | None:
         return "a TorchFunctionMode watches the function's body"
     if in_functorch_transform():
         return "a function transform is active"
-    if torch.jit.is_tracing():
+    if is_jit_tracing():
         return "torch.jit.trace is tracing"
     if not any(leaf.is_tensor for leaf in arguments.leaves):
         return "it takes no tensor"

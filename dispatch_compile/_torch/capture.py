@@ -10,12 +10,16 @@ import ast
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch._C import (
     DispatchKey,
 )
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
 
 __all__ = [
     "at_least",
@@ -36,10 +40,10 @@ __all__ = [
 
 
 # What math.sqrt makes of a symbolic number, in a graph.
-sym_sqrt: Callable[[Any], Any] = torch._sym_sqrt
+sym_sqrt: Callable[[Any], Any] = torch._sym_sqrt  # type: ignore[attr-defined]  # torch makes it when imported
 
 
-def new_shape_env() -> Any:
+def new_shape_env() -> ShapeEnv:
     """A ShapeEnv: the symbols of one capture and what is assumed of them."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -56,7 +60,7 @@ def forget_shape_envs() -> None:
             method.cache_clear()
 
 
-def new_fake_mode(shape_env: Any | None) -> Any:
+def new_fake_mode(shape_env: ShapeEnv | None) -> FakeTensorMode:
     """A FakeTensorMode, with symbols or without, that refuses real tensors: an implementation reads its arguments.
 
     It leaves nothing in the cache of results that all of them share, which has no bound, and where symbols keep their
@@ -69,18 +73,17 @@ def new_fake_mode(shape_env: Any | None) -> Any:
     return mode
 
 
-def dynamic_size(shape_env: Any, size: int, tensor_name: str) -> torch.SymInt:
+def dynamic_size(shape_env: ShapeEnv, size: int, tensor_name: str) -> torch.SymInt:
     """A fresh symbol for dimension 0 of the tensor that guards will call ``L[tensor_name]``."""
     from torch._dynamo.source import LocalSource, TensorProperty, TensorPropertySource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     source = TensorPropertySource(LocalSource(tensor_name), TensorProperty.SIZE, 0)
     symbol = shape_env.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC)
-    size_symbol: torch.SymInt = shape_env.create_symintnode(symbol, hint=size, source=source)
-    return size_symbol
+    return cast(torch.SymInt, shape_env.create_symintnode(symbol, hint=size, source=source))  # no int: it is dynamic
 
 
-def dynamic_number(shape_env: Any, value: float, name: str) -> torch.SymInt | torch.SymFloat:
+def dynamic_number(shape_env: ShapeEnv, value: float, name: str) -> torch.SymInt | torch.SymFloat:
     """A fresh symbol for an integer or floating-point number that guards will call ``L[name]``."""
     from torch._dynamo.source import LocalSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
@@ -88,8 +91,7 @@ def dynamic_number(shape_env: Any, value: float, name: str) -> torch.SymInt | to
     source = LocalSource(name)
     symbol = shape_env.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
     make = shape_env.create_symintnode if isinstance(value, int) else shape_env.create_symfloatnode
-    number: torch.SymInt | torch.SymFloat = make(symbol, hint=value, source=source)
-    return number
+    return cast("torch.SymInt | torch.SymFloat", make(symbol, hint=value, source=source))
 
 
 def trace(
@@ -127,7 +129,7 @@ def _without_early_decompositions() -> Iterator[None]:
             op._dispatch_cache.clear()
 
 
-def size_depends_on_values(value: Any) -> bool:
+def size_depends_on_values(value: object) -> bool:
     """Whether a traced value has a size that only the values in a tensor tell, as ``x[x > 0]`` has."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 

@@ -73,7 +73,9 @@ __all__ = [
     "inexact_matmul_precision",
     "is_dynamo_compiling",
     "is_functorch_wrapped",
+    "is_jit_tracing",
     "is_zero_tensor",
+    "overload_named",
     "parse_schema",
     "pop_mode",
     "profiler",
@@ -93,8 +95,8 @@ BELOW_BACKEND_SELECT = _dispatch_keyset_full_after(DispatchKey.BackendSelect)
 all_op_names: Callable[[], list[str]] = _dispatch_get_all_op_names
 
 # reinterpret_tensor(tensor, size, stride), both plain tuples: as Inductor's code does it, which is no view for autograd
-# to know of.
-reinterpret_tensor: Callable[..., torch.Tensor] = torch._C._dynamo.guards._reinterpret_tensor
+# to know of. torch's stub leaves it out.
+reinterpret_tensor: Callable[..., torch.Tensor] = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
 
 # What a subclass has for __torch_function__ that leaves torch's functions as they are.
 disabled_torch_function: Callable[..., Any] = torch._C._disabled_torch_function_impl
@@ -107,6 +109,9 @@ function_modes_active: Callable[[], int] = _len_torch_function_stack
 
 # Constant False, for which Dynamo, when it traces a function that asks, puts True.
 is_dynamo_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+
+# Whether torch.jit.trace is at work; public, but not in the __all__ of torch.jit.
+is_jit_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 # The modes that torch would hand an op to now, innermost last.
 torchs_modes: Callable[[], list[TorchDispatchMode]] = _get_current_dispatch_mode_stack
@@ -129,6 +134,9 @@ class QuietMode(TorchDispatchMode):
     one stack, so of two modes whose times overlap, the one left last brings back the other's flags, for ever.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+
     def __enter__(self) -> QuietMode:
         push_mode(self)
         return self
@@ -149,6 +157,12 @@ class QuietMode(TorchDispatchMode):
 
 # A context in which no TorchDispatchMode sees anything; leaving a mode and entering it again would run its own code.
 without_modes: Callable[[], AbstractContextManager[object]] = _disable_current_modes
+
+
+def overload_named(packet: OpOverloadPacket, name: str) -> OpOverload:
+    """One of the overloads that ``packet.overloads()`` lists, which are attributes."""
+    overload: OpOverload = getattr(packet, name)
+    return overload
 
 
 def has_schema(qualified: str) -> bool:
@@ -173,9 +187,9 @@ def decomposes(overload: OpOverload) -> bool:
     return above_backends and has_kernel(overload, "CompositeImplicitAutograd")
 
 
-def without_version_counting() -> AbstractContextManager[Any]:
+def without_version_counting() -> AbstractContextManager[object]:
     """Keep torch from noting, on this thread, that an op changes its arguments; it does so before the op runs."""
-    guard: AbstractContextManager[Any] = _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.ADInplaceOrView))
+    guard: AbstractContextManager[object] = _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.ADInplaceOrView))
     return guard
 
 

@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 # OpOverload and OpOverloadPacket have no public name; torch.ops hands them out.
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 from .capture import _without_early_decompositions
-from .dispatch import has_schema
+from .dispatch import has_schema, overload_named
+
+if TYPE_CHECKING:
+    from .capture import FakeTensorMode, ShapeEnv
 
 __all__ = [
     "InductorCode",
@@ -103,7 +106,7 @@ def inductor_option_type(name: str) -> Any:
     from torch._inductor import config
 
     try:
-        return config.get_type(name)
+        return config.get_type(name)  # type: ignore[attr-defined]  # torch makes a class of the module
     except KeyError:
         return None
 
@@ -129,7 +132,7 @@ class InductorCode:
         for module in [module for module in PyCodeCache.modules if module.__file__ == self.path][-1:]:
             weakref.finalize(self, _forget_module, module).atexit = False
 
-    def strides(self, shape_env: Any) -> list[tuple[Any, ...] | None]:
+    def strides(self, shape_env: ShapeEnv) -> list[tuple[Any, ...] | None]:
         """The strides of each result in terms of the symbols of the ShapeEnv, where Inductor tells."""
         return [
             None if texts is None else tuple(shape_env.deserialize_symexpr(text) for text in texts)
@@ -146,7 +149,7 @@ def _forget_module(module: ModuleType) -> None:
         PyCodeCache.modules.remove(module)
     if sys.modules.get(module.__name__) is module:  # else code that was loaded later goes by the name
         del sys.modules[module.__name__]
-        PyCodeCache.linemaps.pop(module.__file__, None)
+        PyCodeCache.linemaps.pop(str(module.__file__), None)
 
 
 def compile_node(node: torch.fx.Node) -> None:
@@ -197,6 +200,7 @@ def _inductor_compile(
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensor
 
     if options.get("cpp_wrapper", inductor_config.cpp_wrapper):
         raise ValueError("its cpp_wrapper makes code that is not called so; set options={'cpp_wrapper': False}")
@@ -210,7 +214,7 @@ def _inductor_compile(
         return code
 
     expected = (len(inputs), _output_count(graph))
-    fake_mode = next((fake.fake_mode for fake in inputs if isinstance(fake, torch.Tensor)), None)
+    fake_mode = next((fake.fake_mode for fake in inputs if isinstance(fake, FakeTensor)), None)
     with (
         _without_early_decompositions(),
         tracing(TracingContext(fake_mode)),
@@ -247,7 +251,7 @@ def _fall_back(op: OpOverload) -> None:
 
 
 @contextmanager
-def _without_symbols_of_floats(fake_mode: Any) -> Iterator[None]:
+def _without_symbols_of_floats(fake_mode: FakeTensorMode | None) -> Iterator[None]:
     """Tell the pass that replaces Dynamo's symbols of floating-point numbers that ours are replaced already; it would
     ask Dynamo to start again."""
     from torch._dynamo.symbolic_convert import TensorifyState
@@ -309,10 +313,14 @@ def functional_op(op: OpOverload) -> OpOverload:
     makes of it; an op that writes to none is its own."""
     if not op._schema.is_mutable or op.namespace != "aten":
         return op
-    packet = getattr(torch.ops.aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    packet: OpOverloadPacket | None = getattr(
+        torch.ops.aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None
+    )
+    if packet is None:
+        return op
     parameters = [str(argument.type) for argument in op._schema.arguments if not argument.is_out]
-    for overload in [] if packet is None else packet.overloads():
-        functional = getattr(packet, overload)
+    for overload in packet.overloads():
+        functional = overload_named(packet, overload)
         same = parameters == [str(argument.type) for argument in functional._schema.arguments]
         if same and not functional._schema.is_mutable:
             return functional

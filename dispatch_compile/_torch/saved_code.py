@@ -68,7 +68,8 @@ def cpp_kernel_library(kernel: Any) -> bytes | None:
 
 def load_cpp_kernel(path: str) -> Callable[..., None]:
     """Load such a library as Inductor does: by the variable it finds torch's function that reads a tensor's address."""
-    address = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr
+    # torch's stub leaves it out.
+    address = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
     os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(address)
     loader = ExtensionFileLoader(f"{Path(path).name}.kernel", path)
     module = module_from_spec(spec_from_loader(loader.name, loader))  # type: ignore[arg-type]  # never None here

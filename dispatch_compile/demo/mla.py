@@ -51,7 +51,7 @@ def mla_decode(
 
     query = concat_quant_fp8(query_latent, query_rope, query_scale).to(kv_cache.dtype)
     scores = (query @ kv_cache.transpose(1, 2)).to(torch.float32) * (query_scale * QUERY**-0.5)
-    output = scores.softmax(dim=-1).to(kv_cache.dtype) @ kv_cache[..., :latent]
+    output: Tensor = scores.softmax(dim=-1).to(kv_cache.dtype) @ kv_cache[..., :latent]
     return output.to(query_latent.dtype)
 
 

@@ -50,7 +50,7 @@ def _registrations_told(listener: Callable[[], None]) -> Iterator[None]:
 
     torch has no callback for this. Ops whose kernels are not in Python are none that IR ops are called in.
     """
-    register = Library.impl
+    register: Callable[..., None] = Library.impl
 
     @functools.wraps(register)
     def impl(library: Library, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
@@ -58,8 +58,8 @@ def _registrations_told(listener: Callable[[], None]) -> Iterator[None]:
         if library.ns not in TORCH_NAMESPACES and dispatch_key != "BackendSelect":  # where this package's kernels go
             listener()
 
-    Library.impl = impl
+    Library.impl = impl  # type: ignore[method-assign, assignment]  # the only way to hear of them
     try:
         yield
     finally:
-        Library.impl = register
+        Library.impl = register  # type: ignore[method-assign]

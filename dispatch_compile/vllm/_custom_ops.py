@@ -45,7 +45,8 @@ class _Forward:
     def __init__(self, instance: nn.Module, vllms_own: Callable[..., Any]) -> None:
         self._instance = weakref.ref(instance)
         self._vllms_own = vllms_own
-        self._function = getattr(instance.forward_native, "__func__", instance.forward_native)
+        forward_native: Any = instance.forward_native  # nn.Module says of any attribute that it is a tensor or module
+        self._function: Callable[..., Any] = getattr(forward_native, "__func__", forward_native)
         self._state: tuple[Any, ...] = ()  # the attributes' values that `_op` is for
         self._op: ForwardOp | None = None  # None: there can be none
         self._ops: set[ForwardOp] = set()  # kept: an attribute that changes may change back

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
-from .._ir.protocol import Op
+from .._ir.protocol import TorchOp
 from ._required import missing, required
 
 _PURPOSE = "run vLLM's IR ops compiled"
 
 
-def ir_ops() -> list[Op]:
+def ir_ops() -> list[TorchOp]:
     """The ops in ``vllm.ir``'s registry; none while vLLM is not imported.
 
     Raises:
@@ -27,7 +26,7 @@ def ir_ops() -> list[Op]:
     return ops
 
 
-def registered_ir_ops() -> list[Op]:
+def registered_ir_ops() -> list[TorchOp]:
     """The same ops, without a look at them: quick enough for whenever a mode is entered."""
     module = sys.modules.get("vllm.ir.op")
     if module is None or getattr(module.__spec__, "_initializing", False):
@@ -45,7 +44,7 @@ def ir_ops_called_through_torch() -> AbstractContextManager[object]:
     return context
 
 
-def _read(op: Any) -> None:
+def _read(op: TorchOp) -> None:
     """Read what the rest of the package reads of an op."""
     _ = op.torch_op, op.activations, op.dispatch
     inplace = getattr(op, "maybe_inplace", None)

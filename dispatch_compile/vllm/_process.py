@@ -14,6 +14,7 @@ import torch
 from .. import _enable as process
 from .._compile.config import CompileConfig
 from .._dispatch.active import mode_everywhere
+from .._ir.protocol import Op
 from .._mode import DispatchCompileMode
 from ._custom_ops import catch_custom_ops
 from ._required import missing, required
@@ -102,7 +103,7 @@ def _watched(call: Callable[..., Any], module: ModuleType) -> Callable[..., Any]
     """The same, with an eye on what nothing tells of: new ops in vLLM's registry, and its torch wrapping."""
 
     @functools.wraps(call)
-    def watched_call(op: Any, *args: Any, **kwargs: Any) -> Any:
+    def watched_call(op: Op, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling():
             mode = mode_everywhere()
             if mode is not None:
