@@ -1,4 +1,16 @@
-"""Run IR ops compiled inside opaque torch custom ops, and leave every other op alone."""
+"""Run plain PyTorch compiled inside opaque torch custom ops, and leave every other op alone.
+
+The examples in the docstrings start from these two lines:
+
+>>> import torch
+>>> import dispatch_compile as dc
+>>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+>>> print(mode.trace)
+dispatch_compile::silu_and_mul(t: f32[8, 256])  ->  t: f32[8, 128]  # compiled native, new: [s0, 256]
+
+``backend="eager"`` keeps them quick: it runs the captured graph without a compiler. Leave it out to have Inductor.
+"""
 
 from ._version import __version__  # isort: skip - first, for it looks whether torch's version will do
 

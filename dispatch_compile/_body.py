@@ -23,24 +23,40 @@ _entered: ContextVar[tuple[Any, ...]] = ContextVar("compile_natives", default=()
 
 
 class CompileNatives:
-    """The mode around a custom op's body, or around any function or block::
+    """Run the natives and IR ops in a function compiled: a decorator for the body of a custom op, or a ``with`` block.
 
-        @torch.library.custom_op("mylib::moe", mutates_args=())
-        @dispatch_compile.compile_natives
-        def moe(x: torch.Tensor, ...) -> torch.Tensor: ...
+    Use it where you own the custom op, but not the loop that calls it.
 
-        @dispatch_compile.compile_natives(config=CompileConfig(options={"max_autotune": True}))
-        def body(...): ...
+    >>> @torch.library.custom_op("docs::expert", mutates_args=())
+    ... @dc.compile_natives(config=dc.CompileConfig(backend="eager"))
+    ... def expert(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    ...     return dc.ops.silu_and_mul(x @ w)
+    >>> y = expert(torch.ones(8, 64), torch.ones(64, 256))  # runs silu_and_mul compiled
+    >>> with dc.compile_natives(mode=dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"))) as mode:
+    ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+    >>> mode.cache.stats().hits
+    1
 
-        with dispatch_compile.compile_natives(mode=mode): ...
+    - ``@compile_natives`` or ``with compile_natives:`` uses the mode that the caller is in. If there is none, it uses
+      one default mode of the process, so that all such bodies share compiled code.
+    - ``compile_natives(mode=...)`` uses that mode.
+    - ``compile_natives(config=...)`` makes a mode with that configuration, once.
 
-    - Bare: the mode that the caller is in, or else one default mode for the whole process, so that all bare
-      bodies share compiled code.
-    - ``mode=``: that mode.
-    - ``config=``: a mode of its own with that configuration, made once, here.
+    Put it below ``torch.library.custom_op``, as here. It may also be above it: then it returns the custom op, and the
+    kernels that are registered so far run in the mode.
 
-    It goes below ``torch.library.custom_op`` (the signature stays readable) or above it (what comes back is the
-    custom op itself, whose kernels registered so far run inside the mode).
+    Args:
+        fn: the function, or what ``torch.library.custom_op`` returned.
+        mode: the mode to use.
+        config: the configuration of a new mode.
+
+    Returns:
+        The decorated function; without ``fn``, the decorator, which is a context manager as well.
+
+    Raises:
+        TypeError: ``fn`` is not a function, or is one whose body runs after its call returned (``async def``, a
+            generator); both ``mode`` and ``config`` are given; ``mode`` or ``config`` is of the wrong type.
+        RuntimeError: on leaving the ``with`` block where it was not entered.
     """
 
     def __init__(self, mode: DispatchCompileMode | None = None) -> None:

@@ -9,11 +9,22 @@ from ._mode import DispatchCompileMode
 
 
 def enable(mode: DispatchCompileMode | None = None, **mode_arguments: Any) -> DispatchCompileMode:
-    """Put the whole process in a mode: every thread, also those that start later, and every task, wherever it is in no
-    mode of its own.
+    """Put the whole process in a mode: every thread and every task, also those that start later.
 
-    A mode that is entered takes its place there, and does not nest in it. Child processes enable it for themselves.
-    The ops of ``vllm.ir`` are looked for now, and again by another ``enable()``; all others are caught as they come.
+    Use it where the threads that make the calls are not yours to start. A thread or task that has entered a mode of its
+    own is in that one instead.
+
+    >>> from threading import Thread
+    >>> mode = dc.enable(config=dc.CompileConfig(backend="eager"))
+    >>> thread = Thread(target=dc.ops.silu_and_mul, args=(torch.ones(8, 256),))
+    >>> thread.start(), thread.join()
+    (None, None)
+    >>> dc.disable()
+    >>> mode.cache.stats().hits
+    1
+
+    Child processes must enable it themselves. The ops of ``vllm.ir`` are looked for now, and again by each further
+    ``enable()``; other ops are caught as soon as they are registered.
 
     Args:
         mode: the mode; by default a new one.
@@ -24,8 +35,10 @@ def enable(mode: DispatchCompileMode | None = None, **mode_arguments: Any) -> Di
 
     Raises:
         RuntimeError: another mode is enabled.
-        ValueError: the mode's trace records every op, for which it would have to be on each thread's own stack.
-        TypeError: both a mode and arguments for one are given, or ``mode`` is none.
+        ValueError: the mode's trace records every op (``Trace(all_ops=True)``), which works only on the thread that
+            enters the mode; or as :class:`DispatchCompileMode` raises.
+        TypeError: both a mode and arguments for a new one are given, or ``mode`` is not a mode; or as
+            :class:`DispatchCompileMode` raises.
     """
     if mode is not None and not isinstance(mode, DispatchCompileMode):
         raise TypeError(f"enable: mode must be a DispatchCompileMode, not {mode!r}")
@@ -43,5 +56,14 @@ def enable(mode: DispatchCompileMode | None = None, **mode_arguments: Any) -> Di
 
 
 def disable() -> None:
-    """Undo :func:`enable`; nothing if no mode is enabled."""
+    """Undo :func:`enable`, at the end of a test or before another mode is enabled. Harmless when no mode is enabled.
+
+    The compiled code stays in the mode's cache.
+
+    >>> mode = dc.enable()
+    >>> dc.disable()
+    >>> dc.enable(mode) is mode
+    True
+    >>> dc.disable()
+    """
     set_mode_everywhere(None)

@@ -53,35 +53,54 @@ _modes: weakref.WeakSet[DispatchCompileMode] = weakref.WeakSet()
 
 
 class DispatchCompileMode(QuietMode):
-    """Inside it, IR ops run as compiled code of the implementation that their dispatch chooses.
+    """Inside it, calls of natives and IR ops run compiled, wherever they are made.
 
-    Scope is the ``with`` block, and the thread or the task of an event loop that entered it. Calls are caught wherever
-    they are made, also inside opaque custom ops at any depth; see ``dispatch_compile._hooks`` for how. Every other op,
-    and every call that cannot be compiled rightly, behaves as if there were no mode. A mode may be entered again and
-    again, also while it is entered, and on several threads. Of nested modes the innermost that selects the op decides.
+    Use it when
 
-    Make one mode and keep it: a new mode has a new cache unless it is given one.
+    - an opaque custom op (fused MoE, MLA attention) calls plain PyTorch, which ``torch.compile`` of the model cannot
+      see;
+    - many places call the same small ops, and are to share one compiled version, without a ``torch.compile`` around
+      each;
+    - every other op of the engine, and every other dispatch mode, must be left as it is, at the same cost.
+
+    Enter it around the code that makes the calls; around a whole model will do:
+
+    >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True)  # by default: Inductor
+    >>> with torch.inference_mode(), mode:
+    ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+    ...     y = dc.ops.silu_and_mul(torch.ones(9, 256))
+    >>> print(mode.trace)
+    dispatch_compile::silu_and_mul(t: f32[8, 256])  ->  t: f32[8, 128]  # compiled native, new: [s0, 256]
+    dispatch_compile::silu_and_mul(t: f32[9, 256])  ->  t: f32[9, 128]  # compiled native, reused: [s0, 256]
+
+    Make one mode and keep it: a new mode has a new cache, unless you give it one.
+
+    The mode covers the ``with`` block, on the thread and in the task that entered it. It catches calls at any depth of
+    opaque custom ops. Every other op, and every call that cannot be compiled correctly, behaves as if there were no
+    mode. You may enter a mode repeatedly, also while it is entered, and on several threads. Of nested modes, the
+    innermost one that selects the op decides. :func:`enable` covers a whole process.
 
     Args:
-        ops: the IR ops to catch: IR op objects, ``OpOverload``s, ``OpOverloadPacket``s, namespace names,
-            ``"ns::name"``; None for every IR op known, now and later. What their implementations call is fused whether
-            it is among them or not.
+        ops: the IR ops and natives to catch: IR op objects, ``OpOverload``s, ``OpOverloadPacket``s, functions decorated
+            with :func:`native`, names of namespaces or modules, ``"ns::name"``. None catches all that are known, now
+            and later. Ops that a caught implementation calls are fused with it even if they are not listed.
         config: how to compile; :class:`CompileConfig` has the defaults.
         cache: where compiled code is kept; by default a new :class:`NativeCache`.
-        trace: whether to record what is done with each call, in :attr:`trace`; or the :class:`Trace` to record it in.
+        trace: True to record each call in :attr:`trace`, or the :class:`Trace` to record it in.
 
     Attributes:
         config, cache: as given.
         trace: the :class:`Trace`, or None when tracing is off. With ``DISPATCH_COMPILE_TRACE=1`` in the environment, a
-            mode that is given no trace has one that prints to stderr, and keeps nothing.
-        interception: how calls are seen. ``"selective"``: those of the IR ops alone (and of custom ops while a mode
-            traces), and every other op costs nothing. ``"every op"``: the mode is on torch's stack of modes as any
-            other ``TorchDispatchMode`` is, and sees, and slows down, every op of the thread; so it is if its trace
-            is to record all ops, and never otherwise. IR ops run compiled either way.
+            mode that is given no trace has one that prints to stderr and keeps nothing.
+        interception: how the mode sees calls. ``"selective"``: only calls of the IR ops and natives (and of custom ops,
+            while a mode traces); other ops cost what they cost without it. ``"every op"``: the mode is on torch's stack
+            of modes, as other ``TorchDispatchMode``s are; it sees every op of the thread, and each costs microseconds
+            more. A mode is ``"every op"`` only if its trace records all ops. IR ops run compiled in both.
 
     Raises:
-        ValueError, TypeError: an item of ``ops`` that is no IR op.
-        ValueError: ``DISPATCH_COMPILE_TRACE`` has a value that means nothing.
+        ValueError: an item of ``ops`` names no IR op; ``DISPATCH_COMPILE_TRACE`` is not 1, 0 or empty.
+        TypeError: an argument, or an item of ``ops``, of the wrong type.
+        RuntimeError: on leaving the mode where it was not entered.
     """
 
     def __init__(
@@ -172,55 +191,86 @@ class DispatchCompileMode(QuietMode):
         return result
 
     def freeze(self) -> Frozen:
-        """From now on make nothing: on no thread is anything captured, compiled or loaded for a call in this mode.
+        """Compile nothing from now on, on any thread: for a server after its warm-up, so that no request waits for a
+        compiler.
 
-        A call that needs new code runs natively. It is counted under the reason ``frozen``, and a warning says, once
-        for each op, what to add to the warm-up. With ``CompileConfig(on_new="raise")`` such calls raise as before.
-        Calls that have their code are served as before, at the same cost.
+        A call that has its code runs as before, at the same cost. A call that needs new code runs eagerly. It counts as
+        a fallback with the reason ``frozen``, and the first such call of each op warns, and says what to add to the
+        warm-up. With ``CompileConfig(on_new="raise")`` such calls still raise a :class:`CompileError`.
 
-        What is being compiled at this moment is finished, and used then. What waits in the background is not begun;
-        wait for it first with :meth:`NativeCache.wait`. What another mode on the same cache makes is there for this
-        one, too.
+        >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True)
+        >>> with mode:
+        ...     events = mode.warmup(dc.ops.silu_and_mul, torch.ones(8, 256))
+        ...     with mode.freeze():
+        ...         y = dc.ops.silu_and_mul(torch.ones(9, 256))
+        ...         y = dc.ops.silu_and_mul(torch.ones(9, 256).double())
+        >>> print(mode.trace)
+        dispatch_compile::silu_and_mul(t: f32[8, 256])  ->  t: f32[8, 128]  # compiled native, new: [s0, 256]
+        dispatch_compile::silu_and_mul(t: f32[9, 256])  ->  t: f32[9, 128]  # compiled native, reused: [s0, 256]
+        dispatch_compile::silu_and_mul(t: f64[9, 256])  ->  t: f64[9, 128]  # eager native, frozen
+
+        A compilation that is running is finished, and its code is used. Compilations that wait in the background are
+        not started; call :meth:`NativeCache.wait` first to have them, too. Code that another mode adds to the same
+        cache is used.
 
         Returns:
-            A context that takes it back at its end: ``with mode.freeze(): ...``. Without ``with``, :meth:`thaw` does.
+            A context manager that ends the freeze: ``with mode.freeze(): ...``. Without ``with``, :meth:`thaw` ends it.
         """
         return Frozen(self._orders)
 
     def thaw(self) -> None:
-        """Undo :meth:`freeze`. Harmless when the mode is not frozen."""
+        """Undo :meth:`freeze`: calls that need new code are compiled again. Harmless when the mode is not frozen.
+
+        >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"))
+        >>> frozen = mode.freeze()
+        >>> mode.thaw()
+        >>> [event.action for event in mode.warmup(dc.ops.silu_and_mul, torch.ones(8, 256))]
+        ['compiled']
+        """
         self._orders.frozen = False
 
     def warmup(
         self, op_or_fn: Selectable, /, *args: Any, tokens: Sequence[int] | None = None, **kwargs: Any
     ) -> list[TraceEvent]:
-        """Compile ahead what calls to come will need, by making them.
+        """Compile ahead what later calls will need, by making them: before serving, and before a CUDA graph is
+        captured.
 
-        A call in a CUDA graph capture, or in a frozen mode, cannot compile, and a first call elsewhere takes the time
-        that compiling takes; after this none of it happens. Do it in the grad or inference mode of the calls to come.
-        What they need is compiled now, whatever ``on_new`` is.
+        A call in a CUDA graph capture, or in a frozen mode, cannot compile. Elsewhere a first call takes as long as
+        compiling takes. Warm up in the grad mode or inference mode of the later calls. Everything is compiled before
+        this returns, whatever ``on_new`` is.
+
+        >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"))
+        >>> with torch.inference_mode():
+        ...     for event in mode.warmup(dc.ops.silu_and_mul, torch.ones(8, 256), tokens=[1, 8192]):
+        ...         print(event)
+        dispatch_compile::silu_and_mul(t: f32[1, 256])  ->  t: f32[1, 128]  # compiled native, new: [1, 256]
+        dispatch_compile::silu_and_mul(t: f32[8192, 256])  ->  t: f32[8192, 128]
+            # compiled native, new: [s0, 256]; x's shape is [s0, 256], was [1, 256]
 
         Args:
-            op_or_fn: the IR op object, ``OpOverload``, ``OpOverloadPacket`` or ``"ns::name"``. Or a function, a layer,
-                a custom op: it is run, and what it calls of the mode's IR ops is compiled.
-            args, kwargs: arguments as the calls to come will have them. They are not changed, unless a function
-                changes them.
-            tokens: the token counts to warm up for. Tensors are replaced by zeros of so many tokens: an op's
-                activations, and a function's arguments with as many rows as there are tokens now. That is dimension 0
-                of the first tensor for a parameter whose name starts with ``x``, or if there is none, of the first
-                tensor. Lists, tuples and dicts are looked into. An ``nn.Parameter`` is never replaced; for another
-                tensor to stay, give it another number of rows. One count from 2 up serves all those from 2 up; 1 and
-                0 are compiled for on their own. None: the call as it is given.
+            op_or_fn: an IR op object, ``OpOverload``, ``OpOverloadPacket`` or ``"ns::name"``. Or a function, a layer or
+                a custom op: it runs, and all natives and IR ops that it calls, of those that this mode catches, are
+                    compiled.
+            args, kwargs: arguments like those of the later calls. A function may write to them; an op is not known to.
+            tokens: the token counts to warm up for. The activations of an op, and those arguments of a function that
+                have as many rows as there are tokens now, are replaced by zeros with that many rows. "Now" is dimension
+                0 of the first tensor for a parameter whose name starts with ``x``, or else of the first tensor. Tensors
+                in lists, tuples and dicts are replaced, too. An ``nn.Parameter`` never is; to keep another tensor, give
+                it another number of rows. One count from 2 up serves all counts from 2 up; 1 and 0 each need their own.
+                None makes the call with the arguments as they are.
 
         Returns:
-            What became of each call of an IR op; look at ``action`` and ``reason`` for those that do not run compiled.
+            What became of each call. Where ``action`` is not ``"compiled"``, ``reason`` says why.
 
         Raises:
             RuntimeError: the mode is frozen.
-            ValueError: the mode does not catch the op; ``tokens`` is given, and there are no activations, or they
-                do not all have as many tokens; no argument of a function has a dimension 0; a negative count.
-            TypeError: neither an op nor something that can be called; too many arguments; ``tokens`` is no list of
-                whole numbers.
+            ValueError: the mode does not catch the op; ``tokens`` is empty, or has a negative count; ``tokens`` is
+                given, and the op has no activations, their token counts differ, or a function has no argument with a
+                dimension 0.
+            TypeError: ``op_or_fn`` is neither an op nor callable; an op gets too many arguments; ``tokens`` is not a
+                list of whole numbers.
+            CompileError: with ``on_failure="raise"``, an implementation cannot be compiled.
+            Exception: whatever the call itself raises.
         """
         if self._orders.frozen:
             raise RuntimeError("warmup: the mode is frozen, so that nothing is compiled; thaw() it first")
@@ -295,19 +345,32 @@ class DispatchCompileMode(QuietMode):
         raise ValueError(f"warmup: the mode does not catch {overload}; look at its ops= or register the op first")
 
     def explain(self, op: Selectable, /, *args: Any, **kwargs: Any) -> Explanation:
-        """What the mode would do with a call if it were made now on this thread, and why.
+        """Say what the mode would do with a call if this thread made it now, and why, without making it.
 
-        Nothing runs or is compiled, counted, cached or traced; an implementation that is not compiled yet is captured,
-        on fake tensors. The mode need not be entered. Other dispatch modes, which would see the call first, are taken
-        to hand it on as it is.
+        Use it when the trace says that a call runs eagerly or steps aside, or to read the graph and the generated code.
+
+        >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"))
+        >>> explanation = mode.explain(dc.ops.silu_and_mul, torch.ones(8, 256))
+        >>> explanation.action, explanation.new, explanation.specialization
+        ('compiled', True, '[s0, 256]')
+        >>> print(mode.explain(dc.ops.silu_and_mul, torch.ones(8, 256, device="meta")))
+        dispatch_compile::silu_and_mul(t: f32[8, 256]...)
+        would step aside: x is on the meta device
+        implementation: native, since no priority is set
+
+        Nothing is run, compiled, counted, cached or traced. An implementation that is not compiled yet is captured on
+        fake tensors. The mode need not be entered. Other dispatch modes would see a real call first; they are assumed
+        to pass it on unchanged.
 
         Args:
-            op: the IR op object, ``OpOverload``, ``OpOverloadPacket`` or ``"ns::name"``.
+            op: an IR op object, ``OpOverload``, ``OpOverloadPacket`` or ``"ns::name"``, or a function decorated with
+                :func:`native`.
             args, kwargs: the call's arguments.
 
         Raises:
-            ValueError: no such op, or no IR op.
-            TypeError, RuntimeError: arguments that the op does not take.
+            ValueError: there is no such op, it has several overloads, or it is no IR op.
+            TypeError, RuntimeError: arguments that the op or function does not take.
+            Exception: whatever a ``supports_args`` of the op raises.
         """
         native = getattr(op, "dispatch_compile_native", None)
         if native is not None:

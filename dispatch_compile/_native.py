@@ -264,37 +264,48 @@ def native(
     mutates_args: Sequence[str] = (),
     name: str | None = None,
 ) -> Any:
-    """Have a function or method of plain PyTorch run compiled inside a mode; a decorator, bare or with arguments.
+    """Decorate a function or method of plain PyTorch, to have it run compiled inside a mode.
 
-    Without a mode it is the function itself, and so it is while torch.compile, torch.export, make_fx or fake tensors
-    trace: they see its ops, and fuse them with what is around::
+    Outside of modes it is the function itself. The same holds while ``torch.compile``, ``torch.export``, ``make_fx`` or
+    fake tensors trace: they see its ops, and fuse them with the ops around it.
 
-        @dispatch_compile.native
-        def gate(x, g, limit=7.0):
-            return torch.sigmoid(g.clamp(max=limit)) * x
+    >>> @dc.native
+    ... def gate(x, g, limit=7.0):
+    ...     return torch.sigmoid(g.clamp(max=limit)) * x
+    >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+    ...     for tokens in (8, 16, 300):
+    ...         y = gate(torch.ones(tokens, 64), torch.ones(tokens, 64))
+    >>> for event in mode.trace.events:
+    ...     print(event.action, event.specialization, "new" if event.new else "reused")
+    compiled [8, 64], [8, 64] new
+    compiled [s0, 64], [s0, 64] new
+    compiled [s0, 64], [s0, 64] reused
 
-    It needs no type hints. Arguments may be tensors, numbers, strings, ``None``, dtypes, enums, lists, tuples and
-    dictionaries of them, and objects, as a method's ``self``: the tensors that it reads of an object are inputs of the
-    code, other attributes are guarded. The same holds for variables of enclosing functions and for globals; the
-    functions and classes that it calls are taken to stay what they are. It may return tensors, ``None``, numbers, and
-    tuples, lists, dictionaries and dataclasses of them.
+    ``layer.forward = dc.native(layer.forward)`` does it to a layer of somebody else's.
+
+    The function needs no type hints. Its arguments may be tensors, numbers, strings, ``None``, dtypes, enums, lists,
+    tuples and dictionaries of these, and objects, such as a method's ``self``. Tensors that it reads from an object are
+    inputs of the code, so all layers of a class share it; other attributes that it reads are guarded. Closed-over
+    variables and globals are treated the same way. The functions and classes that it calls are assumed not to change.
+    It may return tensors, ``None``, numbers, and tuples, lists, dictionaries and dataclasses of these.
 
     Args:
-        fn: a function; a method, also a bound one; a ``functools.partial``; or what ``torch.compile`` made of one, of
-            which the original is taken.
-        activations: parameters whose dimension 0 is the token dimension. By default those whose names start with
-            ``x``, and every tensor of which that size is seen to change.
-        mutates_args: the parameters that it writes to, or that hold what it writes to. By default that is found out;
-            if they are given, a function that writes to another one is not compiled.
-        name: as which it shows in traces and counters; ``module.qualname`` by default.
+        fn: a function; a method, also a bound one; a ``functools.partial``; or what ``torch.compile`` returned for one
+            of these, of which the original is taken.
+        activations: the parameters whose dimension 0 is the token dimension. It is dynamic from the first call, unless
+            the function ties it to a size that is not. By default these are the parameters whose names start with
+            ``x``, and dimension 0 of any other tensor becomes dynamic once it changes.
+        mutates_args: the parameters that the function writes to, or whose contents it writes to. By default this is
+            detected. If you give it, a function that writes to another parameter is not compiled.
+        name: the name in traces and counters; by default ``module.qualname``.
 
     Returns:
-        The function to call in its place.
+        The function to call instead; without ``fn``, the decorator.
 
     Raises:
-        TypeError: ``fn`` is a generator or a coroutine function, a class, a module, an op, or no function at all;
-            ``activations`` or ``mutates_args`` is no list of names.
-        ValueError: ``activations`` or ``mutates_args`` names something that is no parameter.
+        TypeError: ``fn`` is a generator or coroutine function, a class, a module, an op, a builtin, or not callable;
+            ``activations`` or ``mutates_args`` is not a list of names; ``name`` is not a string.
+        ValueError: ``activations`` or ``mutates_args`` names something that is not a parameter.
     """
     if activations is not None:
         activations = checked_names("native", "activations", activations)

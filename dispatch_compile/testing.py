@@ -1,4 +1,4 @@
-"""For tests of your own ops: that what runs compiled today still does tomorrow. Needs ``expecttest``."""
+"""For tests of your own ops: check that what runs compiled today still does tomorrow. Needs ``expecttest``."""
 
 from __future__ import annotations
 
@@ -11,24 +11,35 @@ from ._mode import DispatchCompileMode, current_mode
 def assert_expected_trace(
     fn: Callable[[], object], expected: str, *, mode: DispatchCompileMode | None = None, skip: int = 0
 ) -> None:
-    """Run ``fn`` inside a mode, and compare what is done with each call with a golden text::
+    """Run a function inside a mode, and compare the trace of its calls with a text that is kept in the test.
 
-        assert_expected_trace(lambda: expert(x, w), \"""\"\""")
+    Such a golden test fails when a call no longer runs compiled, is recompiled more often, or is fused differently.
 
-    ``EXPECTTEST_ACCEPT=1 pytest`` then writes the text into the test file, and whenever it changes. Write the call as
-    a statement of its own, with ``expected`` as its first triple-quoted string.
+    >>> from dispatch_compile.testing import assert_expected_trace
+    >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"))
+    >>> assert_expected_trace(
+    ...     lambda: dc.ops.silu_and_mul(torch.ones(8, 256)),
+    ...     "dispatch_compile::silu_and_mul(t: f32[8, 256])  ->  t: f32[8, 128]  # compiled native, new: [s0, 256]",
+    ...     mode=mode,
+    ... )
+
+    You need not write the text. Write the call as a statement of its own, with an empty triple-quoted string as
+    ``expected``. ``EXPECTTEST_ACCEPT=1 pytest`` fills it in, and updates it after a change that you accept.
 
     Args:
-        fn: makes the calls; an error that it raises is passed on.
-        expected: the text of the :class:`Trace` of these calls.
-        mode: the mode to run in; it need not trace. By default the one entered by the caller, or else a new one, in
+        fn: makes the calls.
+        expected: the text of the :class:`Trace` of these calls. For ``EXPECTTEST_ACCEPT`` it must be the first
+            triple-quoted string of the statement.
+        mode: the mode to run in; it need not trace. By default the mode that the caller is in, or else a new one, in
             which all code is new.
-        skip: how many callers there are between the one that wrote ``expected`` and this function, as in expecttest.
+        skip: how many functions stand between the test that wrote ``expected`` and this call; 0 where the test calls
+            this function itself.
 
     Raises:
         AssertionError: the texts differ; the message shows how.
         ImportError: expecttest is not installed.
         TypeError: an argument of the wrong type.
+        Exception: whatever ``fn`` raises.
     """
     __tracebackhide__ = True  # pytest shows the test's line
     check_plain(fn, "assert_expected_trace")

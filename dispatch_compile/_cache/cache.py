@@ -27,15 +27,25 @@ _log = logging.getLogger("dispatch_compile")
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counts since the cache was made.
+    """What became of the calls that used a cache; :meth:`NativeCache.stats` returns one.
+
+    Use it to check that a workload runs compiled: after the warm-up only ``hits`` should grow.
+
+    >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"))
+    >>> with mode:
+    ...     for tokens in (2, 3, 4):
+    ...         y = dc.ops.silu_and_mul(torch.ones(tokens, 256))
+    >>> mode.cache.stats()
+    CacheStats(compiles=1, hits=3, fallbacks=0, asides=0, loads=0)
 
     Attributes:
         compiles: specializations compiled.
-        hits: calls that ran compiled code, a specialization's first call included.
-        fallbacks: calls that ran eagerly because there is no compiled code for them.
-        asides: calls that stepped aside, because of their arguments (subclasses, ...), the thread's state (autograd,
-            ...), the provider chosen for them, or what the implementation does beside computing.
-        loads: specializations whose code was saved before, and was loaded.
+        hits: calls that ran compiled, including the first call of each specialization.
+        fallbacks: calls that ran eagerly, since there was no compiled code for them: it failed to compile, is still
+            being compiled, the mode is frozen, ...
+        asides: calls that stepped aside: for their arguments (subclasses, ...), the thread's state (autograd, ...), the
+            provider chosen for them, or a side effect of the implementation (random numbers, ...).
+        loads: specializations whose code was loaded instead of compiled.
     """
 
     compiles: int
@@ -59,15 +69,26 @@ class _Entry:
 
 
 class NativeCache:
-    """Compiled code of native implementations, shared by the modes that are given the same cache.
+    """Compiled code, shared by the modes that are given the same cache, and saved for the next process.
 
-    ``len(cache)`` is the number of implementations alive in it. Code compiled under one configuration is never
-    used under another. Code is freed with its implementation, which the cache does not keep alive, and at the next
-    full garbage collection after its op has left its registry.
+    A mode makes its own cache unless you pass one. Pass one to use several modes with one set of code, or to start
+    with the code of an earlier process (:meth:`load`).
 
-    Code that another process compiled is loaded instead of being compiled again: from the file of :meth:`load`, and
-    from the folder that the environment variable ``DISPATCH_COMPILE_CACHE_DIR`` names, where code that is compiled is
-    kept as well. It must have been made of the same implementation with the same settings, on such a machine.
+    >>> cache, config = dc.NativeCache(), dc.CompileConfig(backend="eager")
+    >>> for _ in range(2):
+    ...     with dc.DispatchCompileMode(config=config, cache=cache):
+    ...         y = dc.ops.silu_and_mul(torch.ones(8, 256))
+    >>> cache.stats()  # the second mode compiled nothing
+    CacheStats(compiles=1, hits=2, fallbacks=0, asides=0, loads=0)
+    >>> len(cache)  # implementations that have code in it
+    1
+
+    Code compiled under one configuration is never used under another. The cache does not keep an implementation alive:
+    its code is freed with it. The code of an op that left its registry is freed at the next full garbage collection.
+
+    The environment variable ``DISPATCH_COMPILE_CACHE_DIR`` names a folder for every cache of the process. Code that is
+    found there is loaded instead of compiled, and code that is compiled is saved there. Code is only loaded if it was
+    made of the same implementation, with the same settings, on the same kind of machine.
     """
 
     def __init__(self) -> None:
@@ -95,16 +116,41 @@ class NativeCache:
             return None if entry is None else entry.tables.get(config)
 
     def clear(self) -> None:
-        """Drop all compiled code; the next calls compile again, or load what was saved. The counts go on."""
+        """Drop all compiled code, to free its memory; the next calls compile again, or load what was saved.
+
+        The counts go on.
+
+        >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"))
+        >>> events = mode.warmup(dc.ops.silu_and_mul, torch.ones(8, 256))
+        >>> mode.cache.clear()
+        >>> len(mode.cache), mode.cache.stats().compiles
+        (0, 1)
+        """
         self._drop(lambda entry: True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file of the compiled code, with what was loaded and not used yet; :meth:`load` reads it.
+        """Write the compiled code to a file, from which the next process starts without compiling (:meth:`load`).
 
-        Code is left out, and a warning logged, if another process could not tell whether it may use it, or not run it.
+        Code that this cache loaded and has not used yet is written as well.
+
+        >>> mode = dc.DispatchCompileMode()
+        >>> with mode:
+        ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+        >>> mode.cache.save("natives.saved")
+        >>> mode = dc.DispatchCompileMode(cache=dc.NativeCache.load("natives.saved"), trace=True)  # in the next process
+        >>> with mode:
+        ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+        >>> print(mode.trace)
+        dispatch_compile::silu_and_mul(t: f32[8, 256])  ->  t: f32[8, 128]  # compiled native, loaded: [s0, 256]
+
+        Some code is left out, and a warning is logged: code of another backend than Inductor, for instance, and code of
+        an implementation that reads something that two processes cannot compare.
+
+        Args:
+            path: the file; its folder must exist. An existing file is replaced in one step.
 
         Raises:
-            OSError: the file cannot be written; what was there is still there.
+            OSError: the file cannot be written; an existing file is still there, unchanged.
         """
         with _lock:
             entries = list(self._entries.items())
@@ -116,32 +162,46 @@ class NativeCache:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, trust: bool = False) -> NativeCache:
-        """A cache that has, instead of compiling it, the code in a file that :meth:`save` wrote.
+        """Make a cache that starts with the code that :meth:`save` wrote to a file.
 
-        What is in the file runs with all rights of this process.
+        The code runs with all rights of this process. So the file is refused if other users could have written it.
+
+        >>> dc.NativeCache().save("natives.saved")
+        >>> mode = dc.DispatchCompileMode(cache=dc.NativeCache.load("natives.saved"))
 
         Args:
-            path: of the file.
-            trust: load it even if other users could have written the file.
+            path: the file.
+            trust: True skips the check of who could have written the file.
 
         Raises:
             OSError: the file cannot be read.
-            ArtifactError: it holds no saved code, or is damaged, or other users could have written it.
+            ArtifactError: the file holds no saved code, is damaged, was written by a version with another format, or
+                could have been written by other users.
         """
         cache = cls()
         cache.artifacts = Artifacts(read(path, trust=trust), folder_from_environment())
         return cache
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the code that calls so far need is compiled, where it is compiled in the background.
+        """Wait until the code that calls asked for is compiled in the background; for
+        ``CompileConfig(on_new="background")``.
 
-        There is one background for all caches. Do not call it inside of what is compiled.
+        >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", on_new="background"), trace=True)
+        >>> with mode:
+        ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+        ...     ready = mode.cache.wait()
+        ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+        >>> [event.action for event in mode.trace.events]
+        ['eager', 'compiled']
+
+        All caches share one background thread, so this waits for the code of all of them. Do not call it in an
+        implementation: it would wait for itself.
 
         Args:
             timeout: in seconds; None waits as long as it takes.
 
         Returns:
-            False if it took longer.
+            True if all is compiled, False if the time ran out.
         """
         return background.wait(timeout)
 
@@ -162,7 +222,11 @@ class NativeCache:
             return self._counters.setdefault(name, OpCounters())
 
     def stats(self) -> CacheStats:
-        """The counts of this cache, over all ops."""
+        """Count what became of the calls that used this cache, over all ops since it was made: see :class:`CacheStats`.
+
+        >>> dc.NativeCache().stats()
+        CacheStats(compiles=0, hits=0, fallbacks=0, asides=0, loads=0)
+        """
         with _lock:
             counters = list(self._counters.values())
         return CacheStats(**{kind: sum(getattr(of_op, kind) for of_op in counters) for kind in KINDS})

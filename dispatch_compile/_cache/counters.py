@@ -14,12 +14,11 @@ class OpCounters:
 
     Attributes:
         compiles: specializations compiled.
-        hits: calls that ran compiled code, a specialization's first call included.
-        fallbacks: calls that ran eagerly because there is no compiled code for them.
-        asides: calls that stepped aside, because of their arguments, the thread's state, the provider chosen for them,
-            or what the implementation does beside computing.
-        loads: specializations whose code was saved before, and was loaded.
-        reasons: how often which reason kept a call from running compiled.
+        hits: calls that ran compiled, including the first call of each specialization.
+        fallbacks: calls that ran eagerly, since there was no compiled code for them.
+        asides: calls that stepped aside.
+        loads: specializations whose code was loaded instead of compiled.
+        reasons: how often each reason kept a call from running compiled.
     """
 
     def __init__(self) -> None:
@@ -57,12 +56,22 @@ def _bury(number: int) -> None:
 
 
 def counters() -> dict[str, Counter[str]]:
-    """What became of the calls of IR ops in this process, in all modes and threads.
+    """Counts what became of calls in the whole process, over all modes and threads: for a server's metrics, say.
+
+    >>> @dc.native
+    ... def scaled(x):
+    ...     return 2 * x
+    >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager")):
+    ...     y = scaled(torch.ones(8)), scaled(torch.ones(16)), scaled(torch.ones(8, device="meta"))
+    >>> {kind: counts["__main__.scaled"] for kind, counts in dc.counters().items() if kind != "reasons"}
+    {'compiles': 1, 'hits': 2, 'fallbacks': 0, 'asides': 1, 'loads': 0}
+    >>> [reason for reason in dc.counters()["reasons"] if "meta" in reason]
+    ['x is on the meta device']
 
     Returns:
-        A snapshot, in the manner of ``torch._dynamo.utils.counters``: ``"compiles"``, ``"hits"``, ``"fallbacks"``,
-        ``"asides"`` and ``"loads"`` count by op (``"ns::name.overload"``; see :class:`CacheStats` for what they count),
-        and ``"reasons"`` counts why calls did not run compiled.
+        A snapshot, in the manner of ``torch._dynamo.utils.counters``. ``"compiles"``, ``"hits"``, ``"fallbacks"``,
+        ``"asides"`` and ``"loads"`` each count by op (``"ns::name.overload"``) or function (``"module.qualname"``);
+        :class:`CacheStats` explains them. ``"reasons"`` counts why calls did not run compiled.
     """
     totals = {name: Counter(counts) for name, counts in _of_the_dead.items()}
     for by_op in list(_living.values()):

@@ -43,30 +43,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a mode would do with a call of an IR op, and why; ``str()`` of it is what a person reads.
+    """What a mode would do with a call, and why; :meth:`DispatchCompileMode.explain` returns one.
 
-    What follows ``new`` is empty or None where it would not run compiled; the code is None before it is compiled.
+    Print it, or read its attributes:
+
+    >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"))
+    >>> explanation = mode.explain(dc.ops.silu_and_mul, torch.ones(8, 256))
+    >>> print(explanation)
+    dispatch_compile::silu_and_mul(t: f32[8, 256])
+    would be compiled first, then run compiled
+    implementation: native, since no priority is set
+    specialization: [s0, 256]
+      x: f32, shape [s0, 256], stride [256, 1], device cpu, requires_grad False, is_inference() False
+      inference mode off, grad mode on, and the rest of torch's global state
+      sizes: 2 <= x.size(0)
+    guard:
+      def call(args, kwargs):
+          ...
+    graph:
+      def forward(self, x_size_0, x):
+          ...
+    generated code: none before it is compiled
+    >>> explanation.arguments["x's shape"], explanation.size_guard
+    ('[s0, 256]', '2 <= x.size(0)')
+
+    The attributes from ``specialization`` on are empty or None if the call would not run compiled. The generated code
+    is None until it is compiled.
 
     Attributes:
         op: ``"ns::name.overload"``.
         inputs: the arguments as the op would get them, as in a trace: ``t: bf16[8, 2048], 1e-06``.
-        provider: whose implementation would run: what the op's dispatch chooses, or ``"kernel"`` for the own
+        provider: whose implementation would run: the one that the op's dispatch chooses, or ``"kernel"`` for the own
             kernel of an op of another library, as in :class:`TraceEvent`.
-        priority: the providers that dispatch tries, in this order; empty when no priority is set.
-        skipped: why not, by provider, of those before the chosen one and those that this machine does not support.
+        priority: the providers that dispatch tries, in this order; empty if no priority is set.
+        skipped: by provider, why not: for those tried before the chosen one, and those that this machine cannot run.
         action: ``"compiled"``, ``"eager"`` or ``"aside"``, as in :class:`TraceEvent`.
         reason: why it would not run compiled; None if it would.
-        raises: whether the call would raise :class:`CompileError` with the reason.
-        specialization: sizes of the tensor arguments of the compiled code, ``[s0, 2048], [2048]``.
-        new: whether the call would have to make the specialization: it would be compiled first.
-        loaded: whether it would load the specialization, which was saved.
-        difference: in what a new specialization differs from the nearest that there is; None if it is the first.
-        fuses: the IR ops called inside whose implementations are part of the graph.
-        not_fused: why not, by op, of the other IR ops called inside.
-        arguments: what of the arguments is baked in, by name: ``{"x": "bf16", "x's shape": "[s0, 2048]", ...}``.
-        state: what of torch's state is baked in, by name: ``{"grad mode": "on", ...}``.
-        size_guard: what must hold of the dynamic sizes, ``2 <= x.size(0)``; None if nothing. Compiling may add to it.
-        guard: Python source of the check that lets later calls run the code at once: for arguments ``a0``, ``a1``, ...
+        raises: whether the call would raise a :class:`CompileError` with the reason.
+        specialization: the sizes of the compiled code's tensor arguments, ``[s0, 2048], [2048]``.
+        new: whether the call would first compile this specialization.
+        loaded: whether the call would first load this specialization, which was saved.
+        difference: how a new specialization differs from the nearest existing one; None if it is the first.
+        fuses: the IR ops that the implementation calls, and that are part of the graph.
+        not_fused: the other IR ops that it calls, and why each is not part of the graph.
+        arguments: what the code assumes of the arguments, by name: ``{"x": "bf16", "x's shape": "[s0, 2048]", ...}``.
+        state: what it assumes of torch's state, by name: ``{"grad mode": "on", ...}``.
+        size_guard: a condition on the dynamic sizes, ``2 <= x.size(0)``; None if there is none. Compiling may add to
+            it.
+        guard: Python source of the check that lets later calls run the code at once, for arguments ``a0``, ``a1``, ...
         graph: the ATen graph that is compiled, as Python source.
         generated_code: the text of Inductor's code.
         generated_code_path: the file that Inductor wrote it to.
@@ -95,7 +119,17 @@ class Explanation:
     generated_code_path: str | None = None
 
     def text(self, *, code: bool = False) -> str:
-        """The explanation for people; ``code``: with the text of the generated code."""
+        """The explanation as text for people; ``str()`` gives the same without the code.
+
+        >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"))
+        >>> print(mode.explain(dc.ops.silu_and_mul, torch.ones(8, 256)).text(code=True))
+        dispatch_compile::silu_and_mul(t: f32[8, 256])
+        would be compiled first, then run compiled
+        ...
+
+        Args:
+            code: True adds the text of the generated code, if it is compiled.
+        """
         return "\n".join(self._lines(code))
 
     def __str__(self) -> str:

@@ -19,45 +19,56 @@ COMPILE, BACKGROUND, NATIVE, RAISE = ON_NEW = ("compile", "background", "native"
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """How implementations are compiled; part of the key under which compiled code is cached.
+    """How a mode compiles: pass one to :class:`DispatchCompileMode`, :func:`enable` or :func:`compile_natives`.
 
-    ``on_new``, ``max_specializations`` and ``eviction`` change nothing about the code. Configurations that differ
-    in these alone are equal, and share code in a cache.
+    A configuration is immutable and hashable, and is part of the key under which a cache keeps code. ``on_new``,
+    ``max_specializations`` and ``eviction`` do not affect the code: configurations that differ only in these are equal,
+    and share code.
+
+    >>> tuned = dc.CompileConfig(options={"coordinate_descent_tuning": True})
+    >>> mode = dc.DispatchCompileMode(config=tuned)
+    >>> dc.CompileConfig(on_new="background") == dc.CompileConfig()
+    True
+    >>> dc.CompileConfig(options={"max_autotun": True})
+    Traceback (most recent call last):
+    ValueError: CompileConfig: Inductor has no option 'max_autotun'; did you mean ...
 
     Args:
         backend: ``"inductor"``, the name of another registered ``torch.compile`` backend, or a callable
             ``(graph_module, example_inputs) -> callable``.
-        options: Inductor options (see ``torch._inductor.list_options()``), as one would give them to
-            ``torch.compile(options=...)``. Only for ``backend="inductor"``.
-        bitwise: whether results are to have the bits of the eager ones. Inductor then fuses only what IEEE 754 defines
-            to the last bit, rounds where eager does, and calls ATen's kernels for the rest: sums, exp, tanh and their
-            like. ``docs/numerics.md`` says what that costs, and what remains. Only for ``backend="inductor"``;
-            ``options`` come on top.
-        providers: providers whose implementations may be compiled. A call for which the op's priority
-            chooses any other provider passes untouched.
-        on_failure: what to do with an implementation that cannot be captured or compiled: run it ``"native"`` (warned
-            about once with the reason, counted, traced), or ``"raise"`` a :class:`CompileError`. It is not tried again,
-            unless the failure may pass (an ``OSError`` as of a full disk, or a lack of memory): then calls go on like
-            this for 5 seconds before one tries again, and for twice as long after each further failure.
-        on_new: what to do with a call that needs new code:
+        options: Inductor options (see ``torch._inductor.list_options()``), as for ``torch.compile(options=...)``.
+            Only for ``backend="inductor"``.
+        bitwise: True for results with the bits of the eager ones. Inductor then fuses only what IEEE 754 defines to
+            the last bit, rounds where eager does, and calls ATen's kernels for the rest: sums, exp, tanh and their
+            like. ``docs/numerics.md`` says what that costs, and which differences remain. ``options`` are applied on
+            top. Only for ``backend="inductor"``.
+        providers: implementations of these providers run compiled. A call steps aside if the op's priority chooses
+            another provider.
+        on_failure: what a call does if its implementation cannot be captured or compiled: ``"native"`` runs it
+            eagerly, with one warning that gives the reason; ``"raise"`` raises a :class:`CompileError`. The failure
+            is remembered, and compiling is not tried again. The exception are transient failures, such as a full disk
+            (any ``OSError``) or a lack of memory. Those are retried with exponential backoff: first after 5 seconds,
+            then after 10, 20 and so on.
+        on_new: what a call does if it needs new code:
 
-            - ``"compile"`` it, or load it if it was saved, while the call waits;
-            - in the ``"background"``: such calls run natively while a thread of its own compiles, for tensors of zeros;
-              they take the memory of the call's arguments for so long. What fails there is raised or warned of by the
-              next call that needs it. Before a CUDA graph is captured, wait with :meth:`NativeCache.wait`: compiling
-              meanwhile, also on another thread, would break the capture;
-            - ``"native"``: run it so, as in a mode that is frozen from the start (:meth:`DispatchCompileMode.freeze`);
-            - ``"raise"`` a :class:`CompileError` that says what to warm up.
+            - ``"compile"``: it waits until the code is compiled, or is loaded if it was saved;
+            - ``"background"``: it runs eagerly while a separate thread compiles, for tensors of zeros. These occupy as
+              much memory as the call's arguments until the code is compiled. If that fails, the next call that needs
+              the code raises or warns. Call :meth:`NativeCache.wait` before you capture a CUDA graph: a compilation on
+              any thread would break the capture;
+            - ``"native"``: it runs eagerly, as in a frozen mode (:meth:`DispatchCompileMode.freeze`);
+            - ``"raise"``: it raises a :class:`CompileError` that says what to warm up.
 
-            :meth:`DispatchCompileMode.warmup` compiles whatever this is.
-        max_specializations: how many specializations there may be of one implementation, under one configuration, in
-            one cache. A call that would need one more runs natively; the first such call warns of what keeps changing.
-        eviction: ``"lru"`` to drop the least recently used specialization instead; ``"none"`` to keep them all. Calls
-            leave no mark, so which one that is, is only roughly known.
+            :meth:`DispatchCompileMode.warmup` compiles in each of these.
+        max_specializations: the limit of specializations of one implementation, under one configuration, in one
+            cache. A call that would exceed it runs eagerly. The first such call warns, and says what keeps changing.
+        eviction: what happens at the limit. ``"lru"`` drops the specialization that was used least recently
+            (approximate LRU: uses are not recorded call by call). ``"none"`` keeps them all.
 
     Raises:
-        ValueError: an unknown option, backend, ``on_failure``, ``on_new`` or ``eviction``; no provider, or one that
-            looks misspelt; options or ``bitwise`` for another backend; a ``max_specializations`` below 1.
+        ValueError: an unknown option, backend, ``on_failure``, ``on_new`` or ``eviction``; ``providers`` is empty, or
+            has a name that looks misspelt; ``options`` or ``bitwise`` for another backend than Inductor;
+            ``max_specializations`` below 1.
         TypeError: an argument of the wrong type.
     """
 

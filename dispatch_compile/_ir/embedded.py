@@ -27,7 +27,19 @@ _NAME = re.compile(r"[a-z_][a-z0-9_]*\Z")
 
 
 class IrOpImpl:
-    """An implementation of an :class:`IrOp`, made by :meth:`IrOp.register_impl`."""
+    """One implementation of an :class:`IrOp`; :meth:`IrOp.register_impl` makes it, and :attr:`IrOp.impls` lists them.
+
+    >>> impl = dc.ops.rms_norm.impls["native"]
+    >>> impl.provider, impl.supported, impl.inplace
+    ('native', True, False)
+
+    Attributes:
+        op: the op.
+        provider: the implementation's name.
+        impl_fn: the function.
+        supported: whether this machine can run it.
+        inplace: whether it writes its results into its activations.
+    """
 
     def __init__(
         self,
@@ -48,15 +60,34 @@ class IrOpImpl:
 
     @property
     def supports_all_args(self) -> bool:
-        """Whether the implementation takes any arguments that the op's schema admits."""
+        """Whether the implementation takes all arguments that the op's schema admits.
+
+        >>> dc.ops.rms_norm.impls["native"].supports_all_args
+        True
+        """
         return self._supports_args is None
 
     def supports_args(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether the implementation takes these arguments."""
+        """Whether the implementation takes these arguments; the op's dispatch asks this.
+
+        >>> dc.ops.silu_and_mul.impls["native"].supports_args(torch.ones(8, 256))
+        True
+
+        Raises:
+            Exception: whatever the function that was given as ``supports_args`` raises.
+        """
         return self._supports_args is None or self._supports_args(*args, **kwargs)
 
     def func_impl_fn(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the implementation on copies of the activations if it works in place."""
+        """Call the implementation without changes of the arguments: one that works in place gets copies of the
+        activations.
+
+        >>> dc.ops.silu_and_mul.impls["native"].func_impl_fn(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        tensor([[2.1932, 7.0464]])
+
+        Raises:
+            Exception: whatever the implementation raises.
+        """
         if not self.inplace:
             return self.impl_fn(*args, **kwargs)
         fresh = list(args)
@@ -69,17 +100,32 @@ class IrOpImpl:
 
 
 class IrOp:
-    """An op with a native implementation in plain PyTorch, callable as ``torch.ops.dispatch_compile.<name>``.
+    """An op with a native implementation in plain PyTorch, and others that compete with it; :func:`register_op` makes
+    it.
 
-    Made by :func:`register_op`. Calling the object calls its torch op.
+    Call it as a function, or as ``torch.ops.dispatch_compile.<name>``. Outside of modes it runs the implementation that
+    its priority chooses. Inside a mode that implementation runs compiled, if it is the native one.
+
+    >>> @dc.register_op
+    ... def scaled_relu(x: torch.Tensor, scale: float) -> torch.Tensor:
+    ...     return torch.relu(x) * scale
+    >>> @scaled_relu.register_impl("mykernels", supports_args=lambda x, scale: x.shape[-1] % 8 == 0)
+    ... def fast(x: torch.Tensor, scale: float) -> torch.Tensor:
+    ...     return x.clamp(min=0).mul_(scale)  # stands for a handwritten kernel
+    >>> with scaled_relu.set_priority(["mykernels", "native"]):
+    ...     [scaled_relu.dispatch(torch.ones(4, width), 2.0).provider for width in (8, 9)]
+    ['mykernels', 'native']
+    >>> scaled_relu.unregister()
 
     Attributes:
-        name: the op's name in its namespace.
-        activations: names of the activation parameters; their dimension 0 is the token dimension.
+        name: the op's name in the namespace ``dispatch_compile``.
+        activations: the names of the activation parameters; their dimension 0 is the token dimension.
         activation_indices: their positions among the parameters.
-        impls: implementations by provider; ``"native"`` is always there.
-        torch_op: the op's ``OpOverload`` (functional).
+        impls: the implementations by provider; ``"native"`` is always there.
+        allow_inplace: whether the op has the overload ``maybe_inplace``.
+        torch_op: the op's ``OpOverload``, which leaves its arguments as they are.
         maybe_inplace: with ``allow_inplace=True``, the overload that may overwrite its activations; else None.
+        registry: all ops that are registered now, by name.
     """
 
     registry: ClassVar[dict[str, IrOp]] = {}
@@ -152,17 +198,34 @@ class IrOp:
         supports_args: Callable[..., bool] | None = None,
         inplace: bool = False,
     ) -> Callable[[Callable[..., Any]], IrOpImpl]:
-        """Register another implementation; use as a decorator on a function of the native's signature.
+        """Add another implementation, a handwritten kernel for instance; a decorator for a function of the native's
+        signature.
+
+        It runs where :meth:`set_priority` or :meth:`set_default` prefers its provider.
+
+        >>> @dc.register_op
+        ... def doubled(x: torch.Tensor) -> torch.Tensor:
+        ...     return 2 * x
+        >>> @doubled.register_impl("mykernels", supported=torch.cuda.is_available())
+        ... def kernel(x: torch.Tensor) -> torch.Tensor:
+        ...     return x + x
+        >>> sorted(doubled.impls)
+        ['mykernels', 'native']
+        >>> doubled.unregister()
 
         Args:
             provider: the implementation's name, unique for the op; ``"native"`` is taken.
-            supported: whether this machine can run it at all (a library or a device is there).
-            supports_args: a function of the op's parameters that says whether it takes these arguments.
+            supported: whether this machine can run it (a library or a device is there).
+            supports_args: a function of the op's parameters that says whether the implementation takes these arguments.
             inplace: whether it writes its results into its activations; needs ``allow_inplace=True`` on the op.
 
+        Returns:
+            The decorator, which returns an :class:`IrOpImpl`.
+
         Raises:
-            ValueError: the provider is taken, or a signature differs from the native implementation's.
-            TypeError: an argument of the wrong type.
+            ValueError: the provider is taken or its name malformed; ``inplace`` for an op without ``allow_inplace``;
+                the signature of the function or of ``supports_args`` differs from that of the native implementation.
+            TypeError: an argument of the wrong type; what is decorated is not a plain function.
         """
         _check_name("provider", provider)
         check_bools(f"{self.name}: {provider}", supported=supported, inplace=inplace)
@@ -206,39 +269,89 @@ class IrOp:
             )
 
     def register_fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Use ``fn`` on fake tensors, in place of the native implementation; a decorator.
+        """Replace what runs on fake tensors, where the native implementation is too slow for it; a decorator.
+
+        >>> @dc.register_op
+        ... def doubled(x: torch.Tensor) -> torch.Tensor:
+        ...     return 2 * x
+        >>> @doubled.register_fake
+        ... def _(x):
+        ...     return torch.empty_like(x)
+        >>> doubled.unregister()
+
+        Args:
+            fn: computes results of the right shapes, dtypes and devices from fake arguments.
+
+        Returns:
+            ``fn``.
 
         Raises:
-            TypeError: ``fn`` is no function.
+            TypeError: ``fn`` is not a function, or is one whose body runs after its call returned.
         """
         check_plain(fn, f"{self.name}: register_fake")
         self._fake = fn
         return fn
 
     def dispatch(self, *args: Any, **kwargs: Any) -> IrOpImpl:
-        """The first implementation in the priority that supports these arguments; native when none is set."""
+        """The implementation that a call with these arguments would run.
+
+        It is the first one in the priority that supports the arguments, or else the native one.
+
+        >>> dc.ops.silu_and_mul.dispatch(torch.ones(8, 256))
+        IrOpImpl('silu_and_mul', 'native')
+
+        Raises:
+            Exception: whatever a ``supports_args`` raises.
+        """
         for impl in self._priority:
             if impl.supports_args(*args, **kwargs):
                 return impl
         return self.impls[NATIVE]
 
     def get_priority(self) -> list[str]:
-        """The providers that dispatch tries, in order; empty when no priority is set."""
+        """The providers that dispatch tries, in order; empty if no priority is set.
+
+        >>> dc.ops.rms_norm.get_priority()
+        []
+        """
         return [impl.provider for impl in self._priority]
 
     def set_default(self, priority: Sequence[str]) -> None:
-        """Set the priority for the life of the process (see :meth:`set_priority`)."""
+        """Set the priority from now on, for all threads, where :meth:`set_priority` sets it for a block.
+
+        >>> dc.ops.rms_norm.set_default(["native"])
+        >>> dc.ops.rms_norm.get_priority()
+        ['native']
+        >>> dc.ops.rms_norm.set_default([])
+
+        Args:
+            priority: providers, the preferred one first. Those that this machine cannot run are left out.
+
+        Raises:
+            ValueError: a provider that is not registered.
+            TypeError: ``priority`` is not a list of names.
+        """
         self._prefer(self._resolved(priority))
 
     @contextlib.contextmanager
     def set_priority(self, priority: Sequence[str]) -> Iterator[None]:
-        """Set the order in which providers are tried, inside the ``with`` block, for all threads.
+        """Set which implementations are preferred, inside a ``with`` block, for all threads.
 
-        Unsupported providers are left out; native takes what no other does.
+        >>> with dc.ops.rms_norm.set_priority(["native"]):
+        ...     dc.ops.rms_norm.get_priority()
+        ['native']
+        >>> with dc.ops.rms_norm.set_priority(["vendor"]):
+        ...     pass
+        Traceback (most recent call last):
+        ValueError: rms_norm: no provider ['vendor']; registered are ['native']
+
+        Args:
+            priority: providers, the preferred one first. Those that this machine cannot run are left out. The native
+                implementation runs where no other supports the arguments.
 
         Raises:
             ValueError: a provider that is not registered.
-            TypeError: ``priority`` is no list of names.
+            TypeError: ``priority`` is not a list of names.
         """
         resolved = self._resolved(priority)
         previous = self._priority
@@ -260,11 +373,25 @@ class IrOp:
         return [impl for impl in map(self.impls.__getitem__, priority) if impl.supported]
 
     def supported_providers(self) -> list[str]:
-        """Providers whose implementation this machine can run."""
+        """The providers whose implementation this machine can run.
+
+        >>> dc.ops.rms_norm.supported_providers()
+        ['native']
+        """
         return [impl.provider for impl in self.impls.values() if impl.supported]
 
     def unregister(self) -> None:
-        """Take the op out of torch and out of the registry; what was compiled for it can then be freed."""
+        """Take the op out of torch and out of the registry, at the end of a test for instance. Harmless when repeated.
+
+        The code that was compiled for it can then be freed.
+
+        >>> @dc.register_op
+        ... def doubled(x: torch.Tensor) -> torch.Tensor:
+        ...     return 2 * x
+        >>> doubled.unregister()
+        >>> "doubled" in dc.IrOp.registry
+        False
+        """
         if IrOp.registry.get(self.name) is self:
             del IrOp.registry[self.name]
             self._library._destroy()
@@ -316,20 +443,36 @@ def register_op(
     activations: Sequence[str] | None = None,
     allow_inplace: bool = False,
 ) -> IrOp | Callable[[Callable[..., Any]], IrOp]:
-    """Make an IR op of its native implementation; bare or with arguments, as a decorator.
+    """Make an IR op of a function of plain PyTorch; a decorator.
+
+    Use it for an op that others may give faster implementations. For a function that stays a function, use
+    :func:`native`. The surface is that of ``vllm.ir.register_op``.
+
+    >>> @dc.register_op
+    ... def scaled_relu(x: torch.Tensor, scale: float) -> torch.Tensor:
+    ...     return torch.relu(x) * scale
+    >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+    ...     y = scaled_relu(torch.ones(8, 64), 2.0)
+    >>> print(mode.trace)
+    dispatch_compile::scaled_relu(t: f32[8, 64], 2.0)  ->  t: f32[8, 64]  # compiled native, new: [s0, 64]
+    >>> scaled_relu.unregister()
 
     Args:
-        fn: the native implementation in plain PyTorch, a function of its arguments alone, with type hints.
-        name: the op's name; the function's by default.
-        activations: parameters whose dimension 0 is the token dimension; by default those that start with ``x``.
-        allow_inplace: also make the ``maybe_inplace`` overload, which may overwrite the activations.
+        fn: the native implementation: a function of its arguments alone, with type hints. What it reads besides its
+            arguments is fixed at the first call.
+        name: the op's name; by default the function's.
+        activations: the parameters whose dimension 0 is the token dimension; by default those that start with ``x``.
+        allow_inplace: also make the overload ``maybe_inplace``, which may overwrite the activations.
+
+    Returns:
+        The :class:`IrOp`; without ``fn``, the decorator.
 
     Raises:
-        ValueError: the name is taken or malformed, the signature has no torch schema or keyword-only parameters, an
-            activation is not a parameter or no tensor, ``allow_inplace`` does not fit the results, or an op of this
-            name that had ``allow_inplace`` was unregistered and had another schema.
-        TypeError: ``fn`` is no plain function, but a class, a method, a ``partial`` or compiled, say; another argument
-            of the wrong type.
+        ValueError: the name is taken or malformed; the signature has keyword-only parameters, or torch can make no
+            schema of it; an activation is not a parameter, or not a tensor; ``allow_inplace`` does not fit the results;
+            an op of this name was unregistered that had ``allow_inplace`` and another schema.
+        TypeError: ``fn`` is not a plain function, but a class, a method, a ``partial`` or compiled, say; another
+            argument of the wrong type.
     """
 
     def decorate(native: Callable[..., Any]) -> IrOp:

@@ -62,13 +62,13 @@ _registry_lock = freed_in_children(threading.Lock())
 
 
 class NativeHandle:
-    """What :func:`register_native` returns; :meth:`remove` undoes the registration."""
+    """Returned by :func:`register_native`; :meth:`remove` undoes the registration."""
 
     def __init__(self, op: OpOverload) -> None:
         self._op: OpOverload | None = op
 
     def remove(self) -> None:
-        """Forget the reference implementation; what was compiled of it is freed. Harmless when repeated."""
+        """Forget the reference implementation, and free the code that was compiled of it. Harmless when repeated."""
         with _registry_lock:
             op, self._op = self._op, None
             if op is None:
@@ -83,26 +83,42 @@ def register_native(
     *,
     activations: Sequence[str] | None = None,
 ) -> NativeHandle:
-    """Give an op of any library a reference implementation, which runs compiled inside a mode.
+    """Give an op of any library a reference implementation, which runs compiled inside a mode in place of the op's
+    kernel.
+
+    Use it for ops that exist already. For an op of your own, :func:`register_op` is shorter.
+
+    >>> @torch.library.custom_op("docs::double", mutates_args=())
+    ... def double(x: torch.Tensor) -> torch.Tensor:
+    ...     return x + x
+    >>> def reference(x: torch.Tensor) -> torch.Tensor:
+    ...     return 2 * x
+    >>> handle = dc.register_native("docs::double", reference)
+    >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+    ...     y = torch.ops.docs.double(torch.ones(8))
+    >>> print(mode.trace)
+    docs::double(t: f32[8])  ->  t: f32[8]  # compiled native, new: [s0]
+    >>> handle.remove()
 
     Args:
         op: ``torch.ops.ns.name.overload``, ``torch.ops.ns.name`` if it has one overload, or ``"ns::name"``.
-        fn: plain PyTorch, a function of its arguments alone, with type hints and the op's own schema. Its results must
-            have the op's dtypes, shapes and strides: a call for which new code is made raises a :class:`CompileError`
-            if they have not.
-        activations: parameters whose dimension 0 is the token dimension; by default those that start with ``x``.
+        fn: plain PyTorch, a function of its arguments alone, with type hints that give the op's own schema. It may
+            write to the arguments that the op writes to. Its results must have the op's dtypes, shapes and strides.
+            Otherwise each call that needs new code raises a :class:`CompileError` that names both.
+        activations: the parameters whose dimension 0 is the token dimension; by default those that start with ``x``.
 
     Returns:
-        A handle whose ``remove()`` undoes the registration.
+        A handle; its ``remove()`` undoes the registration.
 
     Raises:
-        ValueError: no such op, schemas that differ (both are named), an op that already has a reference
-            implementation or a BackendSelect kernel, or that returns a view of an argument; an activation that is no
-            parameter, or no tensor.
-        TypeError: ``op`` is none of the above; ``fn`` is no plain function, but a ``partial``, say, or a compiled one.
+        ValueError: there is no such op; it has several overloads; the schemas differ (the text shows both); the op has
+            a reference implementation already, has a BackendSelect kernel, or returns a view of an argument; an
+            activation is not a parameter, or not a tensor.
+        TypeError: ``op`` is none of the above; ``fn`` is not a plain function, but compiled or a ``partial``, say;
+            ``activations`` is not a list of names.
 
     Warns:
-        DispatchCompileWarning: a CompositeImplicitAutograd op, which torch decomposes above the key where calls are
+        DispatchCompileWarning: the op is CompositeImplicitAutograd. torch decomposes its calls before they can be
             caught, except in inference mode.
     """
     overload = overload_of(op, "register_native")

@@ -27,7 +27,20 @@ _INDEX = "index.json"
 
 
 class ArtifactError(ValueError):
-    """A file of saved code that cannot or must not be read."""
+    """Raised for a file of saved code that is damaged, that is something else, or that other users could have written.
+
+    :meth:`NativeCache.load` raises it. The folder ``DISPATCH_COMPILE_CACHE_DIR`` does not: there, such a file is
+    skipped with a warning, and the code is compiled again.
+
+    >>> with open("notes.txt", "w") as file:
+    ...     _ = file.write("no code")
+    >>> try:
+    ...     cache = dc.NativeCache.load("notes.txt")
+    ... except dc.ArtifactError as error:
+    ...     print(error)
+    ...     cache = dc.NativeCache()  # compile anew
+    notes.txt is no file of saved code
+    """
 
 
 def write(path: Path, value: Any) -> None:

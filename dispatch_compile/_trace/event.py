@@ -14,7 +14,14 @@ ASIDE = "aside"
 
 @dataclass(eq=False)
 class OpCall:
-    """A call of an op that a trace saw.
+    """A call of an op in a :class:`Trace`, as :attr:`Trace.calls` lists them; those of IR ops are :class:`TraceEvent`.
+
+    >>> trace = dc.Trace(all_ops=True)
+    >>> with dc.DispatchCompileMode(trace=trace):
+    ...     y = torch.ones(8, 64).mul(2)
+    >>> call = trace.calls[-1]
+    >>> call.op, call.arguments, call.result
+    ('aten::mul.Tensor', 't: f32[8, 64], 2', 't: f32[8, 64]')
 
     Attributes:
         op: ``"ns::name.overload"``.
@@ -38,12 +45,13 @@ class OpCall:
 
     @property
     def arguments(self) -> str:
-        """The arguments as ``t: bf16[8, 2048]`` or a Python value, separated by commas."""
+        """The arguments as text, separated by commas: a tensor as ``t: bf16[8, 2048]``, anything else as Python writes
+        it."""
         return ", ".join(f"{name}={text_of(value)}" if name else text_of(value) for name, value in self.inputs)
 
     @property
     def result(self) -> str | None:
-        """The result in the same form; None if the call raised."""
+        """The result as such text; None if the call raised."""
         return None if self.output is None else text_of(self.output)
 
     def text_before_result(self) -> str:
@@ -57,23 +65,35 @@ class OpCall:
 
 @dataclass(eq=False)
 class TraceEvent(OpCall):
-    """A call of an IR op inside a mode.
+    """A call of an IR op or native inside a mode, and what became of it, as :attr:`Trace.events` lists them.
+
+    Use it in tests, where a printed trace would say too much:
+
+    >>> mode = dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True)
+    >>> with mode:
+    ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+    ...     y = dc.ops.silu_and_mul(torch.ones(8, 256, device="meta"))
+    >>> for event in mode.trace.events:
+    ...     print(event.action, event.provider, event.specialization, event.reason)
+    compiled native [s0, 256] None
+    aside native None x is on the meta device
 
     Attributes:
-        action: ``"compiled"``: compiled code ran; ``"eager"``: there is no compiled code for this call, and the op ran
-            eagerly; ``"aside"``: the call stepped aside, and ran as if there were no mode.
-        reason: why it was not compiled; None when it was.
-        provider: whose implementation ran: the provider that the op's dispatch chose, or ``"kernel"`` for the own
-            kernel of an op of another library, which runs where the reference given for it is not compiled. None if
-            the op's dispatch raised.
+        action: ``"compiled"``: the call ran compiled. ``"eager"``: there was no compiled code for it, and it ran
+            eagerly. ``"aside"``: the call stepped aside; it ran as if there were no mode.
+        reason: why it did not run compiled; None if it did.
+        provider: whose implementation ran: the one that the op's dispatch chose, or ``"kernel"`` for the own kernel of
+            an op of another library, which runs where the reference given for it does not run compiled. None if the
+            op's dispatch raised.
         specialization: the sizes of the compiled code's tensor arguments, ``[s0, 2048], [2048]``; None if not compiled.
-        new: whether this call made the specialization.
-        loaded: whether this call loaded it, since it had been saved.
-        fuses: the IR ops called inside whose implementations are part of the compiled code, each once.
-        not_fused: the other IR ops called inside, each with why: ``"rms_norm: provider 'x' is not in providers …"``.
-        difference: in what a new specialization differs from the nearest that there was; None if it was the first.
-        compile_start: when compilation began, like ``start``; None if this call did not compile.
-        compile_nanoseconds: how long it took, failures included.
+        new: whether this call compiled the specialization.
+        loaded: whether this call loaded the specialization, which was saved.
+        fuses: the IR ops that the implementation calls, and that are part of the compiled code, each once.
+        not_fused: the other IR ops that it calls, each with the reason: ``"rms_norm: provider 'x' is not in providers
+            …"``.
+        difference: how a new specialization differs from the nearest existing one; None if it was the first.
+        compile_start: when compilation began, on the clock of ``start``; None if this call did not compile.
+        compile_nanoseconds: how long compilation took, failures included.
     """
 
     action: str = ASIDE

@@ -1,6 +1,26 @@
-"""What a mode did, for people: one line per call that it considered, in the format of torch's DebugMode.
+"""The trace: what a mode did with each call, one line for each.
 
-No times, addresses or running numbers are in the text, so the same program gives the same text on every machine.
+>>> @torch.library.custom_op("docs::expert", mutates_args=())
+... def expert(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+...     return dc.ops.silu_and_mul(x @ w)
+>>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+...     y = expert(torch.ones(8, 64), torch.ones(64, 8))
+...     y = expert(torch.ones(9, 64), torch.ones(64, 8))
+...     y = expert(torch.ones(9, 64).bfloat16(), torch.ones(64, 8).bfloat16())
+...     y = dc.ops.silu_and_mul(torch.ones(8, 8, requires_grad=True))
+>>> print(mode.trace)
+docs::expert(t: f32[8, 64], t: f32[64, 8])  ->  t: f32[8, 4]
+  dispatch_compile::silu_and_mul(t: f32[8, 8])  ->  t: f32[8, 4]  # compiled native, new: [s0, 8]
+docs::expert(t: f32[9, 64], t: f32[64, 8])  ->  t: f32[9, 4]
+  dispatch_compile::silu_and_mul(t: f32[9, 8])  ->  t: f32[9, 4]  # compiled native, reused: [s0, 8]
+docs::expert(t: bf16[9, 64], t: bf16[64, 8])  ->  t: bf16[9, 4]
+  dispatch_compile::silu_and_mul(t: bf16[9, 8])  ->  t: bf16[9, 4]  # compiled native, new: [s0, 8]; x is bf16, was f32
+dispatch_compile::silu_and_mul(t: f32[8, 8])  ->  t: f32[8, 4]  # aside native, x requires grad and grad mode is on
+
+A line has the op, its arguments, ``->`` and its result. For IR ops and natives, ``#`` follows: what became of the
+call, whose implementation ran, and why. Calls are indented under the opaque op that makes them. The format is that of
+torch's ``DebugMode``. The text has no times, addresses or running numbers. So the same program gives the same text on
+every machine.
 """
 
 from __future__ import annotations
@@ -49,21 +69,33 @@ class _OfThread(threading.local):
 
 
 class Trace:
-    """The calls that tracing modes considered, in order; ``str(trace)`` is a line for each.
+    """Records what modes did with each call; give one to :class:`DispatchCompileMode`, or let ``trace=True`` make one.
 
-    Calls of other ops appear as the lines that the IR ops are indented under, and only if they have any; with
-    ``all_ops=True`` every one appears. Several modes and threads may share a trace.
+    ``print(trace)`` shows a line for each call:
+
+    >>> trace = dc.Trace(ids=True)
+    >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=trace):
+    ...     y = dc.ops.silu_and_mul(torch.ones(8, 512))
+    ...     y = dc.ops.silu_and_mul(y)
+    >>> print(trace)
+    dispatch_compile::silu_and_mul(t$0: f32[8, 512])  ->  t$1: f32[8, 256]  # compiled native, new: [s0, 512]
+    dispatch_compile::silu_and_mul(t$1: f32[8, 256])  ->  t$2: f32[8, 128]
+        # compiled native, new: [s0, 256]; x's shape is [s0, 256], was [s0, 512]
+
+    Calls of other custom ops are shown only if IR ops or natives are called inside them. Several modes and threads may
+    share a trace.
 
     Args:
-        all_ops: record every op that the thread calls. Only then is a mode on torch's own stack of modes, and every
+        all_ops: record every op that the thread calls. Only then is the mode on torch's own stack of modes, and every
             op costs microseconds more (:attr:`DispatchCompileMode.interception`).
-        ids: number the tensors, ``t$3: bf16[8, 2048]``, so that one can follow the data.
+        ids: number the tensors, as above, so that you can follow the data.
         stacks: record where each call comes from.
-        max_events: how many calls to keep; of more, the oldest are dropped and counted. None keeps all.
-        stream: where to print each line as soon as its call ends. A call that others are indented under is printed
-            when the first of them begins, without its result.
+        max_events: how many calls to keep. The oldest are dropped, and counted. None keeps all.
+        stream: a text file to which each line is printed as soon as its call ends. A call that others are indented
+            under is printed when the first of them begins, without its result.
 
     Attributes:
+        all_ops: as given.
         dropped: how many calls were dropped.
 
     Raises:
@@ -96,7 +128,14 @@ class Trace:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was recorded."""
+        """Forget what was recorded, for instance the warm-up.
+
+        >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+        ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+        >>> mode.trace.clear()
+        >>> mode.trace.events
+        []
+        """
         with self._lock:
             self._calls.clear()
             self.dropped = 0
@@ -104,13 +143,25 @@ class Trace:
 
     @property
     def calls(self) -> list[OpCall]:
-        """All calls that the text shows, in the order in which they began."""
+        """All calls that the text shows, in the order in which they began.
+
+        >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+        ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+        >>> [call.op for call in mode.trace.calls]
+        ['dispatch_compile::silu_and_mul.default']
+        """
         with self._lock:
             return list(self._calls)
 
     @property
     def events(self) -> list[TraceEvent]:
-        """The calls of IR ops."""
+        """The calls of IR ops and natives, in the order in which they began.
+
+        >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+        ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+        >>> [event.action for event in mode.trace.events]
+        ['compiled']
+        """
         return [call for call in self.calls if isinstance(call, TraceEvent)]
 
     def begin(self, kind: type[Call], op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -175,13 +226,21 @@ class Trace:
         self._stream.flush()
 
     def text(self, *, all_ops: bool = True) -> str:
-        """The trace as text, a line for each call.
+        """The trace as text, a line for each call; ``str(trace)`` gives the same.
 
-        Args:
-            all_ops: also the calls that no call of an IR op is indented under, if they were recorded.
+        >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+        ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+        >>> print(mode.trace.text(all_ops=False))
+        dispatch_compile::silu_and_mul(t: f32[8, 256])  ->  t: f32[8, 128]  # compiled native, new: [s0, 256]
 
         Where several threads are in the trace, lines begin with the thread's number. Call sites, if recorded, follow
         the line of their call.
+
+        Args:
+            all_ops: False leaves out the calls that have no call of an IR op or native inside them.
+
+        Raises:
+            TypeError: ``all_ops`` is not True or False.
         """
         check_bools("Trace.text", all_ops=all_ops)
         calls = self.calls
@@ -195,18 +254,36 @@ class Trace:
         return "\n".join(lines)
 
     def summary(self, *, markdown: bool = False, seconds: bool = True) -> str:
-        """A table, one row for each op and provider: calls, how many were compiled, eager and aside, specializations
-        made, and the seconds that compiling took.
+        """The trace as a table: see at a glance which ops run compiled, and how often they were compiled.
+
+        >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+        ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+        >>> print(mode.trace.summary(seconds=False))
+        op                              provider  calls  compiled  eager  aside  specializations
+        dispatch_compile::silu_and_mul  native        1         1      0      0                1
 
         Args:
-            markdown: as a Markdown table, not as aligned plain text.
-            seconds: with the seconds; they differ from run to run.
+            markdown: True for a Markdown table instead of aligned plain text.
+            seconds: False leaves out the seconds of compiling, which differ from run to run.
+
+        Raises:
+            TypeError: an argument is not True or False.
         """
         check_bools("Trace.summary", markdown=markdown, seconds=seconds)
         return table_of(self.events, markdown=markdown, seconds=seconds)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the trace to a file that :meth:`load` reads, as JSON lines (docs/trace_format.md).
+        """Write the trace to a file, to look at it later or elsewhere (:meth:`load`). docs/trace_format.md gives the
+        format.
+
+        >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+        ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+        >>> path = mode.trace.save("trace.jsonl")
+        >>> str(dc.Trace.load(path)) == str(mode.trace)
+        True
+
+        Args:
+            path: the file; an existing file is replaced.
 
         Returns:
             The path.
@@ -219,11 +296,19 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Read a trace that :meth:`save` wrote. It is to be looked at: what is recorded into it has another clock.
+        """Read a trace that :meth:`save` wrote. Use it for reading only: new calls would be recorded on another clock.
+
+        >>> path = dc.Trace().save("trace.jsonl")
+        >>> dc.Trace.load(path).calls
+        []
+
+        Args:
+            path: the file.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: the file is not a whole trace, or of a newer version; the text says where, and what is wrong.
+            ValueError: the file is not a whole trace, or has a newer version of the format; the text gives the line and
+                what is wrong in it.
         """
         recording = files.read(path)
         trace = cls(all_ops=recording.all_ops)
@@ -232,10 +317,16 @@ class Trace:
         return trace
 
     def to_perfetto(self, path: str | os.PathLike[str]) -> Path:
-        """Write the trace as a timeline for ui.perfetto.dev or chrome://tracing.
+        """Write the trace as a timeline, to look at it in ui.perfetto.dev or chrome://tracing.
 
-        Each call is a slice, inside the calls that it is nested in, and so is each compilation. A trace without calls
-        gives a timeline without slices.
+        Each call is a slice inside the slices of the calls around it, and each compilation is a slice, too.
+
+        >>> with dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager"), trace=True) as mode:
+        ...     y = dc.ops.silu_and_mul(torch.ones(8, 256))
+        >>> path = mode.trace.to_perfetto("timeline.json")
+
+        Args:
+            path: the file; an existing file is replaced. A trace without calls gives a timeline without slices.
 
         Returns:
             The path.

@@ -167,24 +167,31 @@ def _release(custom_op: Any, vllms_own: Callable[..., Any]) -> None:
 
 
 def catch_custom_ops() -> CatchHandle:
-    """Have modes catch vLLM's ``CustomOp`` layers: those alive now, and those made from now on.
+    """Let modes catch vLLM's ``CustomOp`` layers: those that exist now, and those that are made later.
 
-    Inside a mode a layer that vLLM would compile by itself (``SiluAndMul``, ``QuantFP8``, ...) runs as an op of the
-    namespace ``vllm_custom_op``, one for each configuration of its class; instances of equal configuration share it.
-    Its activations are those in vLLM's own ``dynamic_arg_dims``, or else the parameters whose names start with ``x``.
-    A changed attribute is a change of configuration. Outside of modes, and inside torch.compile, it runs as vLLM made
-    it.
+    :func:`enable` does this for a process. Call it yourself where you enter a mode by hand:
 
-    So does, with a :class:`DispatchCompileWarning` that says why, a layer whose ``forward_native`` cannot become an op:
-    one without type hints or activations, with results that are not tensors, or whose instance holds tensors, or
-    values that may change unseen.
+    >>> handle = dc.vllm.catch_custom_ops()
+    >>> with dc.DispatchCompileMode(trace=True) as mode:
+    ...     pass  # run the model
+    >>> handle.remove()
+
+    Inside a mode, a layer that vLLM would compile on its own (``SiluAndMul``, ``QuantFP8``, ...) runs as an op of the
+    namespace ``vllm_custom_op``. There is one op for each configuration of a class, and layers of equal configuration
+    share it. If an attribute of the layer changes, that is another configuration. The activations are those in vLLM's
+    own ``dynamic_arg_dims``, or else the parameters whose names start with ``x``. Outside of modes, and under
+    ``torch.compile``, a layer runs as vLLM made it.
+
+    Some layers cannot become an op, and stay as vLLM made them; a :class:`DispatchCompileWarning` says why. These are
+    layers that hold tensors, or values that may change unnoticed, and layers whose ``forward_native`` has no type
+    hints, has no activations, or returns something other than tensors.
 
     Returns:
         A handle whose ``remove()`` undoes it.
 
     Raises:
         ImportError: vLLM is not installed.
-        RuntimeError: this vLLM's ``CustomOp`` has changed; the text says how.
+        RuntimeError: this version of vLLM lacks an attribute that is needed (the text names it).
     """
     handle = CatchHandle()
     with _lock:

@@ -27,22 +27,34 @@ _enabled: DispatchCompileMode | None = None  # the process's mode, if enable() h
 
 
 def enable(config: CompileConfig | None = None) -> DispatchCompileMode | None:
-    """Run vLLM's IR ops and ``CustomOp`` layers compiled in this process, wherever torch.compile does not see them.
+    """Run vLLM's IR ops and ``CustomOp`` layers compiled in this process, wherever ``torch.compile`` does not see them.
 
-    Call it in the process that runs the model, before or after the model is made. It is
-    :func:`dispatch_compile.enable` and :func:`catch_custom_ops`: vLLM may run a model on other threads than the one
-    that calls this, on one for each microbatch, or on an executor's. A mode that you enter yourself goes first.
+    Call it in the process that runs the model, before or after the model is made. ``DISPATCH_COMPILE_VLLM=1`` in the
+    environment does the same in each worker.
+
+    >>> import vllm.ir
+    >>> mode = dc.vllm.enable(dc.CompileConfig(backend="eager"))
+    >>> with vllm.ir.enable_torch_wrap(True):  # as vLLM does where it compiles models, on a GPU by default
+    ...     y = vllm.ir.ops.rms_norm(torch.ones(8, 64), None, 1e-6)
+    >>> mode.cache.stats().hits
+    1
+    >>> dc.vllm.disable()
+
+    It combines :func:`dispatch_compile.enable`, since vLLM may run a model on other threads than the one that calls
+    this (one for each microbatch, or an executor's), and :func:`catch_custom_ops`. On a thread that has entered a mode
+    of its own, that mode decides.
 
     Args:
         config: how to compile; :class:`CompileConfig` has the defaults.
 
     Returns:
-        The mode; its ``cache.stats()`` tells what became of the calls. None if the current vLLM configuration has
-        compilation off, as ``enforce_eager`` does: then nothing is done, and the log says so.
+        The mode; its ``cache.stats()`` says what became of the calls. None if the current vLLM configuration has
+        compilation off, as ``enforce_eager`` has: then nothing is changed, and the log says so.
 
     Raises:
         ImportError: vLLM is not installed.
-        RuntimeError: a mode with another configuration is enabled; or this vLLM has changed, and the text says how.
+        RuntimeError: a mode with another configuration is enabled; or this version of vLLM lacks an attribute that is
+            needed (the text names it).
     """
     global _enabled, _undo
     config = config or CompileConfig()
@@ -65,7 +77,13 @@ def enable(config: CompileConfig | None = None) -> DispatchCompileMode | None:
 
 
 def disable() -> None:
-    """Undo :func:`enable`; nothing if it is not enabled. What was compiled is freed with the mode."""
+    """Undo :func:`enable`: layers and ops are again as vLLM made them. Harmless when it is not enabled.
+
+    The compiled code is freed with the mode.
+
+    >>> mode = dc.vllm.enable(dc.CompileConfig(backend="eager"))
+    >>> dc.vllm.disable()
+    """
     global _enabled, _undo
     if _enabled is not None and mode_everywhere() is _enabled:
         process.disable()
