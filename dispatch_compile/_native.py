@@ -291,7 +291,7 @@ def native(
 
     Args:
         fn: a function; a method, also a bound one; a ``functools.partial``; or what ``torch.compile`` returned for one
-            of these, of which the original is taken.
+            of these: then the original is taken.
         activations: the parameters whose dimension 0 is the token dimension. It is dynamic from the first call, unless
             the function ties it to a size that is not. By default these are the parameters whose names start with
             ``x``, and dimension 0 of any other tensor becomes dynamic once it changes.

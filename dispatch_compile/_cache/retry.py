@@ -1,4 +1,4 @@
-"""When a call tries again to make code, after a failure for now."""
+"""Exponential backoff: when a call tries again to compile, after a transient failure."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from dataclasses import dataclass
 
 from .._compile.outcome import Failed
 
-# For how long nothing is tried after the first failure, in seconds. Each further one doubles it: a failing compilation,
-# of seconds, takes ever less of the time, and once the fault is gone it is found out within as long as it lasted.
+# For how long nothing is tried after the first failure, in seconds. Each further failure doubles it. So compilations
+# that fail, which take seconds each, take ever less of the time. After the fault ends, compiling resumes within as much
+# time as the fault lasted.
 FIRST_DELAY = 5.0
 
 
 @dataclass(frozen=True)
 class Postponed:
-    """A failure that may pass.
+    """A transient failure.
 
     Attributes:
         failure: what it was.
         delay: for how long nothing is tried, in seconds.
-        until: when that is over, by ``time.monotonic()``.
+        until: when that time ends, by ``time.monotonic()``.
     """
 
     failure: Failed

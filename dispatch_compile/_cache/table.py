@@ -95,7 +95,7 @@ class Table:
             self.missing = ()
 
     def difference(self, components: Components) -> str | None:
-        """In what a call or specialization differs from the nearest that is known; None if there is none."""
+        """How a call or specialization differs from the nearest known one; None if none is known."""
         others = [known for several in list(self._by_key.values()) for known in several]
         return difference(components, ((other.components, other.why_not()) for other in others))
 

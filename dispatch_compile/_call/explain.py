@@ -266,7 +266,7 @@ def _op_of(overload: OpOverload) -> Op | None:
 
 
 def _why_not_caught(overload: OpOverload, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-    """Why the call would run something else than the op before it could be caught; None if it would not."""
+    """Why something other than the op would run before the call could be caught; None if nothing would."""
     if decomposes(overload):
         return "it decomposes before it gets to where calls are caught"
     known = args[: len(route.callee.parameters.names)]  # of more, the dispatcher complains
@@ -370,7 +370,7 @@ def _compiled(
 def _stepped_aside(
     op: Op, impl: Impl, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str | None
 ) -> Explanation:
-    """The explanation of a call that passes."""
+    """The explanation of a call that steps aside."""
     inputs = [text_of(summary_of(value)) for value in args]
     inputs += [f"{name}={text_of(summary_of(value))}" for name, value in kwargs.items()]
     # An op of another library with a reference implementation has that one alone, and no priority.

@@ -51,7 +51,7 @@ def kernel_of(overload: OpOverload) -> Callable[..., Any]:
 
 
 def _intercept(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The whole way of a caught call, of which the kernel takes a short cut."""
+    """The long way of a caught call, where the kernel's short cut does not apply."""
     modes = active_modes()
     if not modes:
         return hooks.redispatch(overload, keyset, args, kwargs)

@@ -145,7 +145,7 @@ class Route:
         return f"dispatch_compile::{self.callee.name.replace('::', '.')}"
 
     def _finish(self, call: _Call, table: Table, known: Specialization | NoCode, result: Any) -> Any:
-        """The end of a call of which all is known: ``result`` is what its guarded call gave."""
+        """The end of a call whose guarded call has returned ``result``."""
         if isinstance(known, NoCode):
             return self._finish_without_code(call, known.outcome)
         self.counters.hits += 1

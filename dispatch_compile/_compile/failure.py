@@ -25,7 +25,7 @@ class CannotCompile(Exception):
 
 
 class CannotCompileNow(CannotCompile):
-    """The same, for a reason that may pass."""
+    """The same, for a transient reason."""
 
 
 class WrongReference(CannotCompile):

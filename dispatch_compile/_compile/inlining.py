@@ -40,7 +40,7 @@ class _Dispatch:
         """What it goes by now.
 
         Raises:
-            Unclear: it cannot be told.
+            Unclear: it is unknown.
         """
         tried = implementations_tried(op)
         reads = []
@@ -116,7 +116,7 @@ class Composition:
         """What was decided in another process, where dispatch went by the same as here now.
 
         Raises:
-            Unclear: there is no such op here, or it cannot be told what its dispatch goes by.
+            Unclear: there is no such op here, or it is unknown what its dispatch depends on.
         """
         generation = registry.generation
         known = {op.torch_op._schema.name: op for op in registry.torch_ops()}

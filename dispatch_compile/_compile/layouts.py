@@ -48,7 +48,7 @@ def eager_layouts(graph: GraphModule, inputs: Sequence[Any]) -> list[Layout]:
     """How eager lays out the results of a captured graph for these inputs: it is run once, with eager's kernels.
 
     Raises:
-        RuntimeError: an op's kernel gives something else than its meta kernel promised when the graph was captured, so
+        RuntimeError: an op's kernel gives other results than its meta kernel promised when the graph was captured, so
             that the implementation may go another way.
         Exception: what eager raises for these inputs.
     """

@@ -72,7 +72,7 @@ def reads_of(predicate: Callable[..., Any]) -> Reads:
     """What a predicate on arguments reads beside them.
 
     Raises:
-        Unclear: something of which it cannot be told whether it stays as it is.
+        Unclear: something that may change without notice.
     """
     return _reads_of(predicate, ())
 

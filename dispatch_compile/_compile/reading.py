@@ -10,7 +10,7 @@ from typing import Any
 
 
 class CannotTell(Exception):
-    """It cannot be told what a function reads, or of what code was made; the message says why."""
+    """It is unknown what a function reads, or what code was made of; the message says why."""
 
 
 def globals_read(function: FunctionType) -> dict[str, Any]:

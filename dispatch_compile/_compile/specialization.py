@@ -1,4 +1,4 @@
-"""What one key came to: code and the guards under which it may run, or that there is none."""
+"""What is known for one key: code and the guards under which it may run, or why there is no code."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Code:
     symbolic_shapes: str
     written: tuple[str, ...] = ()  # sources of the arguments that it writes to
     result_names: Mapping[str, Any] = field(default_factory=dict)  # what `result` refers to
-    owner: object = None  # what takes the code apart when it is freed, or of which it can be made again
+    owner: object = None  # releases the code when it is freed, or can make it again
     path: str | None = None  # the file that the backend wrote `source` to
     composition: Composition = NO_CALLS  # what became of calls of IR ops; the code is right while that holds
     surroundings: Surroundings = NOTHING_READ  # and while this does: what a function reads of the program around it
 
     def is_valid(self) -> bool:
-        """Whether what it was made of is as it was."""
+        """Whether everything that it was made of is unchanged."""
         return self.composition.holds() and self.surroundings.hold()
 
     @property
@@ -106,7 +106,7 @@ class Specialization:
 
 @dataclass(frozen=True)
 class NoCode:
-    """That there is no code for one key, and what its calls come to.
+    """There is no code for one key, and this is what its calls do instead.
 
     Attributes:
         components: what the key is made of, for people.

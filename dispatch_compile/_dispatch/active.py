@@ -127,7 +127,7 @@ def set_mode_everywhere(mode: DispatchCompileMode | None) -> None:
 
 @contextmanager
 def suspended() -> Iterator[None]:
-    """No mode: the compiler's own calls of IR ops are none of ours."""
+    """Be in no mode: calls of IR ops that the compiler makes are not to be caught."""
     token = _innermost.set(_nowhere)
     try:
         yield

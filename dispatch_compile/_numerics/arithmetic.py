@@ -103,7 +103,8 @@ def _at_zero(node: Node) -> bool:
 
 
 def _scaled(node: Node) -> bool:
-    """Whether an operand is multiplied first. Of integers, the sum is exact; of bools, it is none but 0 and 1."""
+    """Whether an operand is multiplied first, and it matters. It does not for integers, whose sums are exact. It does
+    for bools, whose sums are 0 or 1."""
     alpha = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
     return bool(alpha != 1) and (_of_floats(node) or tensor_of(node).dtype is torch.bool)
 

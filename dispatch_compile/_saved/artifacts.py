@@ -71,12 +71,12 @@ class Artifact:
         """Take code apart.
 
         Args:
-            origin: what it was made of, or why that cannot be told.
+            origin: what it was made of; or a text that says why this is unknown.
             key: of its specialization.
             code: what to take apart.
 
         Raises:
-            CannotTell: it cannot be told what it was made of, or it holds something that only this process has.
+            CannotTell: it is unknown what it was made of, or it contains something that exists only in this process.
         """
         if not isinstance(origin, Origin):
             raise CannotSave(str(origin))
@@ -188,7 +188,7 @@ class Artifacts:
     def find(self, origin: Origin, key: Hashable, arguments: Arguments) -> Code | None:
         """Load code that was made of the same, and that serves these arguments.
 
-        What is there but cannot be used is passed over: with a warning, unless it was made elsewhere.
+        Code that cannot be used is skipped: with a warning, unless it was made in another environment.
         """
         try:
             text = key_text(key)

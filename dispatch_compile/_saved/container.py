@@ -64,15 +64,15 @@ def write(path: Path, value: Any) -> None:
 
 
 def read(path: Path, *, trust: bool = False) -> Any:
-    """The value in a file, which is whole, and which nobody else could have written.
+    """Read the value in a file, after checking that the file is whole, and that nobody else could have written it.
 
     Args:
         path: of the file.
-        trust: read it whoever could have written it.
+        trust: True skips the check of who could have written it.
 
     Raises:
         OSError: it cannot be read.
-        ArtifactError: it is no file of saved code, or damaged, or in another format, or not to be trusted.
+        ArtifactError: it is not a file of saved code, is damaged, has another format, or others could have written it.
     """
     with open(path, "rb") as file:
         if not trust:

@@ -41,7 +41,7 @@ class Results:
         container = None if isinstance(result, torch.Tensor) else type(result)
         items = (result,) if container is None else result
         if container not in (None, tuple, list) or not all(isinstance(item, torch.Tensor) for item in items):
-            raise NotAnOp("forward_native returns something else than tensors")
+            raise NotAnOp("forward_native returns something other than tensors")
         given = tuple(next((name for name, value in arguments.items() if value is item), None) for item in items)
         if None not in given:
             raise NotAnOp("forward_native returns no new tensor")
