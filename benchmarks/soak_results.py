@@ -127,7 +127,7 @@ def text(results: Results) -> str:
         ("results compared with eager", f"{results.checked:,}"),
         ("compilations", f"{results.compiles:,}"),
         ("ran compiled", f"{results.hits:,}"),
-        ("fell back", f"{results.fallbacks:,}"),
+        ("ran eagerly", f"{results.fallbacks:,}"),
         ("stepped aside", f"{results.asides:,}"),
         ("errors", f"{sum(results.errors.values()):,}"),
     ]

@@ -56,6 +56,7 @@ class CompileNatives:
     Raises:
         TypeError: ``fn`` is not a function, or is one whose body runs after its call returned (``async def``, a
             generator); both ``mode`` and ``config`` are given; ``mode`` or ``config`` is of the wrong type.
+        ValueError: a new mode is needed, and ``DISPATCH_COMPILE_TRACE`` is not 1, 0 or empty.
         RuntimeError: on leaving the ``with`` block where it was not entered.
     """
 

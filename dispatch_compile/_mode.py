@@ -251,7 +251,8 @@ class DispatchCompileMode(QuietMode):
             op_or_fn: an IR op object, ``OpOverload``, ``OpOverloadPacket`` or ``"ns::name"``. Or a function, a layer or
                 a custom op: it runs, and all natives and IR ops that it calls, of those that this mode catches, are
                     compiled.
-            args, kwargs: arguments like those of the later calls. A function may write to them; an op is not known to.
+            args, kwargs: arguments like those of the later calls. They stay as they are, unless the function or op
+                writes to them.
             tokens: the token counts to warm up for. The activations of an op, and those arguments of a function that
                 have as many rows as there are tokens now, are replaced by zeros with that many rows. "Now" is dimension
                 0 of the first tensor for a parameter whose name starts with ``x``, or else of the first tensor. Tensors

@@ -1,4 +1,4 @@
-"""Compiling in the background: calls run natively meanwhile, and compiled from the moment that it is done."""
+"""Compiling in the background: calls run eagerly meanwhile, and compiled from the moment that it is done."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def told(mode: dc.DispatchCompileMode) -> list[tuple[str, str | None]]:
 MEANWHILE = ("eager", "is being compiled in the background")
 
 
-def test_calls_run_natively_until_it_is_compiled(backend, counted):
+def test_calls_run_eagerly_until_it_is_compiled(backend, counted):
     mode, x = background(backend), torch.randn(4, 3)
     expected = counted(x)
     with mode:

@@ -21,7 +21,7 @@ def bounded(**options) -> dc.DispatchCompileMode:
     return dc.DispatchCompileMode(config=dc.CompileConfig(backend="eager", **options), trace=True)
 
 
-def test_beyond_the_limit_calls_run_natively_with_one_warning_that_names_what_changes(counted):
+def test_beyond_the_limit_calls_run_eagerly_with_one_warning_that_names_what_changes(counted):
     mode, x = bounded(max_specializations=2), torch.randn(4, 3)
     with mode:
         counted(x, 1.0)

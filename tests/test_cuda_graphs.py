@@ -79,7 +79,7 @@ def test_inside_an_opaque_op(mode, define_opaque):
     assert_agree(result, norm(x * 2))
 
 
-def test_an_op_that_is_not_compiled_yet_runs_natively_in_a_capture_and_compiles_right_after_it(mode):
+def test_an_op_that_is_not_compiled_yet_runs_eagerly_in_a_capture_and_compiles_right_after_it(mode):
     x = random(64)
     norm(x)  # loads the native kernels, which a capture cannot
     with mode:

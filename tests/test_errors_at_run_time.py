@@ -86,11 +86,11 @@ def test_code_that_raises_runs_once_and_then_the_op(first_call, trace, counted):
     with mode:
         if not first_call:
             counted(x)
-        before, natively = runs, counted.python_runs
+        before, eagerly = runs, counted.python_runs
         torch.testing.assert_close(counted(x), x * 2 + 1)
     checked = captured = int(first_call)  # new code is tried once, and is of one capture
     assert runs - before == 1 + checked
-    assert counted.python_runs - natively == 1 + captured
+    assert counted.python_runs - eagerly == 1 + captured
     stats = mode.cache.stats()
     assert (stats.compiles, stats.hits, stats.fallbacks) == (1, int(not first_call), 1)
 

@@ -227,7 +227,7 @@ implementation""",
     )
 
 
-def test_cannot_be_captured_and_runs_natively(picky):
+def test_cannot_be_captured_and_runs_eagerly(picky):
     explanation = dc.DispatchCompileMode(config=EAGER_OR_NATIVE).explain(picky, x_of(4))
     assert not explanation.raises
     assert str(explanation).splitlines()[1].startswith("would run eagerly: the 'native' implementation of ")

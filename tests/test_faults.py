@@ -180,7 +180,7 @@ def test_too_little_memory_for_the_op_itself(define_ir_op):
 
 
 def test_too_little_memory_to_compile(counted):
-    """What the failed compilation holds is free when the op runs natively."""
+    """What the failed compilation holds is free when the op runs eagerly."""
     references: list[weakref.ref[Tensor]] = []
 
     def greedy(graph: torch.fx.GraphModule, inputs: list[Any]) -> torch.fx.GraphModule:

@@ -48,7 +48,7 @@ def test_a_fork_waits_for_what_another_thread_compiles(tmp_path):
     assert parents == REUSED
 
 
-def test_a_child_of_a_process_that_is_still_compiling_runs_natively_what_is_new(tmp_path):
+def test_a_child_of_a_process_that_is_still_compiling_runs_eagerly_what_is_new(tmp_path):
     childs, parents = result_of("while_compiling_for_long", tmp_path)
     forked = "the process was forked while another thread compiled"
     assert childs == [REUSED, forked, forked]

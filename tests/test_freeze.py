@@ -68,7 +68,7 @@ def test_serves_while_nothing_can_be_made(nothing_can_be_made, monkeypatch, tmp_
         mode.warmup(op, torch.randn(8, 48), *others, tokens=[1, 8])
     inputs = {n: torch.randn(n, 48) for n in (1, 2, 64)}
     not_warmed = [torch.randn(0, 48), torch.randn(4, 48, dtype=torch.bfloat16), torch.randn(48, 4).t()]
-    natively = [[outcome(op, x, *others) for x in not_warmed] for op, others in ops.items()]
+    eagerly = [[outcome(op, x, *others) for x in not_warmed] for op, others in ops.items()]
     expected = []
     with mode:
         for op, others in ops.items():
@@ -79,7 +79,7 @@ def test_serves_while_nothing_can_be_made(nothing_can_be_made, monkeypatch, tmp_
 
     def serve() -> None:
         with mode:
-            for (op, others), results, native in zip(ops.items(), expected, natively, strict=True):
+            for (op, others), results, native in zip(ops.items(), expected, eagerly, strict=True):
                 for x, result in zip(inputs.values(), results, strict=True):
                     assert_same(op(x, *others), result)
                 for x, result in zip(not_warmed, native, strict=True):

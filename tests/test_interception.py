@@ -100,7 +100,7 @@ def test_other_ops_can_be_hidden_again(watching, layer):
     assert hidden.count("\n") == 2
 
 
-def test_the_body_of_what_runs_natively_is_seen(watching, define_ir_op):
+def test_the_body_of_what_runs_eagerly_is_seen(watching, define_ir_op):
     def seen_noise(x: Tensor) -> Tensor:
         return x + torch.rand_like(x)
 

@@ -76,7 +76,7 @@ class Eager(_Vllms):
 
 
 class Today(_Vllms):
-    """Layers that vLLM compiles by themselves (``CustomOp.maybe_compile``), and IR ops that run natively."""
+    """Layers that vLLM compiles by themselves (``CustomOp.maybe_compile``), and IR ops that run eagerly."""
 
     never_eager = OF_LAYERS
 

@@ -55,6 +55,7 @@ def enable(config: CompileConfig | None = None) -> DispatchCompileMode | None:
         ImportError: vLLM is not installed.
         RuntimeError: a mode with another configuration is enabled; or this version of vLLM lacks an attribute that is
             needed (the text names it).
+        ValueError: ``DISPATCH_COMPILE_TRACE`` is not 1, 0 or empty.
     """
     global _enabled, _undo
     config = config or CompileConfig()
