@@ -5,7 +5,6 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
-import operator
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._sympy.functions import _keep_float
 
 import dispatch_compile as dc
 from dispatch_compile import testing
@@ -95,9 +93,6 @@ def test_examples_run(name, tmp_path, monkeypatch):
     if "assert_expected_trace" in name:
         pytest.importorskip("expecttest")
     monkeypatch.chdir(tmp_path)  # some write files
-    # typing_extensions, in which torch may land here, asks for the type() of something. A capture takes that for the
-    # implementation's doing, and the first call of a native steps aside; so it is done beforehand.
-    _keep_float(operator.add)
     umask, ops = os.umask(0o022), set(dc.IrOp.registry)
     said: list[str] = []
     try:

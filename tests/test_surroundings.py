@@ -8,13 +8,14 @@ import os
 import random
 import sys
 import time
+import typing
 from collections import Counter
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from support import EAGER_OR_NATIVE, assert_same
+from support import EAGER, EAGER_OR_NATIVE, assert_same
 
 import dispatch_compile as dc
 
@@ -346,3 +347,18 @@ def test_functions_of_functools_are_guarded(mode):
         return q * factor()
 
     assert check(mode, native, torch.ones(4)) is None
+
+
+def test_what_torch_calls_in_libraries_that_it_needs():
+    """It reads annotations of its own, which lands in typing_extensions where typing remembers nothing."""
+
+    @dc.native
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    with dc.DispatchCompileMode(config=EAGER, trace=True) as mode:
+        for width in range(2, 6):
+            for clean in typing._cleanups:
+                clean()
+            doubled(torch.ones(4, width))
+    assert {event.action for event in mode.trace.events} == {"compiled"}

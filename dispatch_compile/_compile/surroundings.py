@@ -31,7 +31,9 @@ _COPIES = ("COPY", "DUP_TOP")  # in front of K.count += 1
 
 # Their functions stay what they are, and read nothing that a caller changes between calls.
 _TRUSTED = ("torch", "sympy", "mpmath", "numpy", "dispatch_compile")
-_LIBRARIES = frozenset({*_TRUSTED, *sys.stdlib_module_names})
+# What torch needs: it lands in these in the middle of a capture.
+_OF_TORCH = ("typing_extensions", "networkx", "jinja2", "markupsafe", "fsspec", "filelock", "optree", "triton")
+_LIBRARIES = frozenset({*_TRUSTED, *_OF_TORCH, *sys.stdlib_module_names})
 
 # What ``functools.cache`` makes.
 CACHING = type(functools.cache(lambda: None))
