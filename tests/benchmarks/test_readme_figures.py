@@ -15,7 +15,7 @@ from benchmarks.__main__ import main
 
 pytestmark = pytest.mark.run_once
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = "ops|passthrough|restart|numerics|vllm-bodies"
 BLOCK = re.compile(rf"^<!-- ({COMMANDS}):(\w+)(.*?) -->\n(.*?)^<!-- /\1 -->$", re.MULTILINE | re.DOTALL)

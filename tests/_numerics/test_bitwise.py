@@ -33,7 +33,7 @@ BF16, FP16, FP32 = DTYPES = torch.bfloat16, torch.float16, torch.float32
 FP8 = torch.float8_e4m3fn, torch.float8_e5m2
 MANY = (3, 7, 64, 1025)
 EQUAL = (0, 0)
-FIGURES = Path(__file__).parent.parent / "benchmarks" / "figures"
+FIGURES = Path(__file__).parents[2] / "benchmarks" / "figures"
 
 
 def differences(mode: dc.DispatchCompileMode, op: Any, *args: Any) -> list[tuple[int, float]]:

@@ -22,7 +22,7 @@ import dispatch_compile as dc
 from dispatch_compile._basics.summary import TensorSummary
 from dispatch_compile._trace.files import VERSION
 
-PAGE = Path(__file__).parent.parent / "docs" / "trace_format.md"
+PAGE = Path(__file__).parents[2] / "docs" / "trace_format.md"
 
 ROWS = TensorSummary("bf16", (4, 8), None, "cpu")
 EVERY_FIELD_SET = dc.TraceEvent(

@@ -190,7 +190,7 @@ def test_layers_made_later_with_compilation_off_are_left_alone_and_the_log_says_
 
 # ---- The plugin.
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ON = "DISPATCH_COMPILE_VLLM"
 WORKERS = """
 import json, logging, os, sys, traceback

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not vllm.__version__.startswith("0.33."), reason="vLLM 0.23.0 compiles no SiluAndMul on a CPU"),
 ]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECTION = re.search(r"^## With vLLM\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 

@@ -270,7 +270,7 @@ def test_frozen_while_threads_wait_to_compile(counted):
 
 
 def test_costs_no_call_that_has_its_code_anything(counted):
-    """The same functions run in the kernel as in a mode that is not frozen; tests/test_overhead.py has those."""
+    """The same functions run in the kernel as in a mode that is not frozen; tests/_call/test_overhead.py has those."""
     mode = dc.DispatchCompileMode(config=EAGER_OR_NATIVE)
     mode.warmup(counted.op, torch.randn(4, 3))
     x = torch.randn(4, 3)

@@ -1,7 +1,7 @@
 """Right for any argument, or aside: whatever is called, with whatever, in whatever state of the thread, a mode changes
 nothing that the caller can see.
 
-``DISPATCH_COMPILE_EXAMPLES=50000 pytest tests/test_any_argument.py`` tries that many sequences of calls, other ones
+``DISPATCH_COMPILE_EXAMPLES=50000 pytest tests/_call/test_any_argument.py`` tries that many sequences of calls, other ones
 every time; without it they are some 2,000, the same every time.
 """
 

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not vllm.__version__.startswith("0.33."), reason="the page is about vLLM 0.33.0"),
 ]
 
-PAGE = Path(__file__).parents[1] / "docs" / "rfc_38744.md"
+PAGE = Path(__file__).parents[2] / "docs" / "rfc_38744.md"
 SNIPPET = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\n^```(?P<kind>figures)?\n(?P<printed>.*?)^```\n)?", re.MULTILINE | re.DOTALL
 )
