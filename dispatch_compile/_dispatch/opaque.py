@@ -7,7 +7,8 @@ import torch
 from .._torch.dispatch import OpOverload, all_op_names, has_kernel, has_schema
 from .hooks import hookable
 
-# Namespaces that torch 2.11 to 2.15 register ops in; tests/_dispatch/test_opaque.py compares them with the torch installed.
+# Namespaces that torch 2.11 to 2.15 register ops in. tests/_dispatch/test_opaque.py compares them with the installed
+# torch.
 TORCH_NAMESPACES = frozenset(
     """
     _c10d_functional _c10d_functional_autograd _dtensor _inductor_test _native _native_aot _quantized _test aten

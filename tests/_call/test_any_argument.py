@@ -1,8 +1,8 @@
 """Right for any argument, or aside: whatever is called, with whatever, in whatever state of the thread, a mode changes
 nothing that the caller can see.
 
-``DISPATCH_COMPILE_EXAMPLES=50000 pytest tests/_call/test_any_argument.py`` tries that many sequences of calls, other ones
-every time; without it they are some 2,000, the same every time.
+``DISPATCH_COMPILE_EXAMPLES=50000 pytest tests/_call/test_any_argument.py`` tries that many sequences of calls, other
+ones every time; without it they are some 2,000, the same every time.
 """
 
 from __future__ import annotations
