@@ -200,6 +200,10 @@ def _gives_32_bits(node: Node) -> bool:
     return tensor_of(node).dtype is torch.float32
 
 
+def _gives_bools(node: Node) -> bool:
+    return tensor_of(node).dtype is torch.bool
+
+
 def _in_small_integers(node: Node) -> bool:
     return _of_integers(node) and bitwise.tensors(node)[0].dtype.itemsize < 4
 
@@ -326,8 +330,11 @@ RULES: dict[OpOverloadPacket, tuple[Rule, ...]] = {
         (Rule("leaves shifts beyond the bits to the hardware", device=CUDA, when=_shifts_beyond),),
     ),
     **dict.fromkeys(
-        [aten.index_add, aten.index_put, aten.scatter_add, aten.scatter_reduce],
-        (Rule("has no atomic addition of so few bits", device=CUDA, when=_in_small_integers),),
+        [aten.index_add, aten.index_put, aten.scatter_add, aten.scatter_reduce, aten.col2im],
+        (
+            Rule("has no atomic addition of so few bits", device=CUDA, when=_in_small_integers),
+            Rule("has no atomic addition of bools", device=CPU, when=_gives_bools),
+        ),
     ),
     aten.glu: (Rule(_DIGITS, eager.glu, CUDA, _in_32_bits),),
     aten.signbit: (Rule("does not see the sign of -0.0", device=CUDA, when=_in_64_bits),),
