@@ -155,9 +155,22 @@ def _catch() -> None:
 
     CustomOp.dispatch_forward = dispatch_forward
     _catching.callback(_release, CustomOp, vllms_own)
-    for instance in gc.get_objects():
+    for instance in _objects():
         if issubclass(type(instance), CustomOp) and _METHOD in vars(instance):
             setattr(instance, _METHOD, _adopted(instance, vars(instance)[_METHOD]))
+
+
+def _objects() -> list[object]:
+    """Everything that may be a layer, also what is frozen: vLLM calls ``gc.freeze`` once an engine has started, and
+    ``gc.get_objects`` leaves out what that took from the garbage collector."""
+    if not gc.get_freeze_count():
+        return gc.get_objects()
+    gc.collect()  # what is garbage is not to be frozen, and kept for ever
+    gc.unfreeze()
+    try:
+        return gc.get_objects()
+    finally:
+        gc.freeze()
 
 
 def _release(custom_op: Any, vllms_own: Callable[..., Any]) -> None:

@@ -92,9 +92,20 @@ def test_is_caught_inside_a_mode_only(catching, vllm_ran, mode):
     assert (event.action, event.specialization) == ("compiled", "[s0, 2]")
 
 
-def test_layers_that_exist_already_are_caught(vllm_ran, mode):
+@pytest.fixture
+def frozen():
+    """As vLLM leaves the garbage collector once an engine has started."""
+    yield gc.freeze
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_layers_that_exist_already_are_caught(vllm_ran, mode, frozen, is_frozen):
     layer = made(lambda: Scaled(2))
+    if is_frozen:
+        frozen()
     handle = dc.vllm.catch_custom_ops()
+    assert bool(gc.get_freeze_count()) == is_frozen
     with mode:
         layer(X)
     assert (len(vllm_ran), mode.cache.stats().hits) == (0, 1)
