@@ -160,7 +160,7 @@ def _catch() -> None:
             setattr(instance, _METHOD, _adopted(instance, vars(instance)[_METHOD]))
 
 
-def _objects() -> list[object]:
+def _objects() -> list[Any]:
     """Everything that may be a layer, also what is frozen: vLLM calls ``gc.freeze`` once an engine has started, and
     ``gc.get_objects`` leaves out what that took from the garbage collector."""
     if not gc.get_freeze_count():
