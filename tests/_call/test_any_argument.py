@@ -18,7 +18,7 @@ import pytest
 import torch
 from any_argument import TOKENS, Call, Program, TensorRecipe, calls_of_few_specializations, programs
 from any_implementation import COMPILED, NAMES, NEVER_COMPILED, Subject, forget_tables, subjects
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from observation import differences
 from support import EAGER_OR_NATIVE
@@ -98,8 +98,11 @@ def test_right_or_aside(name, ops, became):
         own_hits += mode.cache.counters_of(full_name(subject.overload)).hits
 
     right_or_aside()
-    assert subject.compiles or not own_hits
-    assert own_hits or not subject.compiles or EXAMPLES < 2000
+    for number in range(10):
+        if own_hits or not subject.compiles:
+            break
+        seed(number)(right_or_aside)()  # all of so few examples may have stepped aside
+    assert bool(own_hits) == subject.compiles
 
 
 def test_many_of_the_calls_ran_compiled(became):

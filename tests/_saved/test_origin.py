@@ -174,7 +174,7 @@ def test_another_backend():
 def test_options_are_part_of_it():
     plain, tuned, patient = (
         origin(defined(PLAIN), options=options)
-        for options in (None, {"coordinate_descent_tuning": True}, {"coordinate_descent_tuning": False})
+        for options in ({}, {"coordinate_descent_tuning": True}, {"coordinate_descent_tuning": False})
     )
     assert len({plain, tuned, patient}) == 3
     assert plain.implementation == tuned.implementation
