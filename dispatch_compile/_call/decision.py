@@ -59,10 +59,16 @@ class Read:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a call; ``read`` is None where its arguments do not matter."""
+    """What becomes of a call.
+
+    Attributes:
+        read: None where its arguments do not matter.
+        known: what is kept of calls with its key, if there is no code for them.
+    """
 
     outcome: Outcome
     read: Read | None = None
+    known: NoCode | None = None
 
 
 def decide(
@@ -86,7 +92,7 @@ def decide(
         known = table.find(key, arguments)
         read = Read(arguments, key, changed, why_new)
         if isinstance(known, NoCode):
-            return Decision(known.outcome, read)
+            return Decision(known.outcome, read, known)
         if known is not None:
             reason = known.why_aside(arguments)
             return Decision(Run(known) if reason is None else Aside(reason), read)

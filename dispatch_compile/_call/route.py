@@ -66,7 +66,7 @@ class Route:
             event.provider = call.eager_provider
         if impl.provider not in self.config.providers:
             self.last = (weakref.ref(impl), None)
-            return self._carry_out(call, Table(), decide(self.maker, impl, Table(), args, kwargs, NOTHING_LEARNED))
+            return self._decide_and_run(call, Table())
         last, table = self.last
         if table is None or table.dropped or last() is not impl:
             table = self.cache.table(op, impl, self.config)
@@ -80,10 +80,14 @@ class Route:
                 return self._finish(call, table, entry.known, result)
         if self.maker.makes_nothing and self.config.on_new != RAISE and table.misses(args, kwargs):
             return self._run_eagerly(call, FROZEN)
+        return self._decide_and_run(call, table)
+
+    def _decide_and_run(self, call: _Call, table: Table) -> Any:
         while True:
             learned = table.learned
+            decision = decide(self.maker, call.impl, table, call.args, call.kwargs, NOTHING_LEARNED)
             try:
-                return self._carry_out(call, table, decide(self.maker, impl, table, args, kwargs, NOTHING_LEARNED))
+                return self._carry_out(call, table, decision)
             except Relearn as again:
                 table.learn(again.more, again.why)
             if table.learned == learned:
@@ -99,6 +103,9 @@ class Route:
         if read is None:
             assert isinstance(outcome, Aside), "only what steps aside does so whatever its arguments are"
             return self._step_aside(call, outcome.reason)
+        if decision.known is not None:
+            table.add_guard(read.key, decision.known, read.arguments, self.callee.is_function)
+            return self._finish_without_code(call, decision.known.outcome)
         if read.newly_dynamic:
             table.learn(Learned(dynamic=read.newly_dynamic), read.why_new)
         made: Specialization | Aside | Eager | Failed
@@ -111,14 +118,11 @@ class Route:
             made = outcome.specialization if isinstance(outcome, Run) else outcome
         if isinstance(made, Specialization):
             return self._run_code(call, table, read, made)
-        if isinstance(made, Failed) and not isinstance(table.find(read.key, read.arguments), NoCode):
+        if isinstance(made, Failed):
             return self._run_failed(call, table, read, made)
         if isinstance(made, Eager):
             return self._run_without_code(call, table, read, made)
-        known = table.find(read.key, read.arguments)
-        if known is not None:
-            table.add_guard(read.key, known, read.arguments, self.callee.is_function)
-        return self._finish_without_code(call, made)
+        return self._step_aside(call, made.reason)
 
     def _run_code(self, call: _Call, table: Table, read: Read, found: Specialization) -> Any:
         reason = found.why_aside(read.arguments)
