@@ -222,8 +222,8 @@ class Native:
             mode = entry.untraced
             if mode is not None and not profiler._is_profiler_enabled:
                 route = mode.routes.get(number)
-                if route is None and entry.outside is not None:
-                    route = route_outside(entry.outside, number)
+                if route is None:
+                    route = route_outside(entry, number)
                 table = None if route is None else route.last[1]
                 if route is not None and table is not None:
                     try:

@@ -20,7 +20,7 @@ from .._ir.protocol import Impl, Op
 from .._saved.artifacts import Artifact, Artifacts, folder_from_environment, read, write
 from . import background
 from .counters import KINDS, CountersByOp, OpCounters, count_for
-from .table import Table, _lock
+from .table import Table, lock
 
 _log = logging.getLogger("dispatch_compile")
 
@@ -103,7 +103,7 @@ class NativeCache:
 
     def table(self, op: Op, impl: Impl, config: CompileConfig) -> Table:
         """The specializations of an op's implementation under a configuration, made on first use."""
-        with _lock:
+        with lock:
             entry = self._entries.get(impl)
             if entry is None:
                 entry = self._entries[impl] = _Entry(op)
@@ -111,7 +111,7 @@ class NativeCache:
 
     def existing_table(self, impl: Impl, config: CompileConfig) -> Table | None:
         """The specializations of an implementation under a configuration, if any were asked for; nothing is added."""
-        with _lock:
+        with lock:
             entry = self._entries.get(impl)
             return None if entry is None else entry.tables.get(config)
 
@@ -152,7 +152,7 @@ class NativeCache:
         Raises:
             OSError: the file cannot be written; an existing file is still there, unchanged.
         """
-        with _lock:
+        with lock:
             entries = list(self._entries.items())
         artifacts = {artifact.identity: artifact for artifact in self.artifacts}
         for impl, entry in entries:
@@ -210,7 +210,7 @@ class NativeCache:
         self._drop(lambda entry: entry.op() not in known)
 
     def _drop(self, condition: Callable[[_Entry], bool]) -> None:
-        with _lock:
+        with lock:
             for impl, entry in list(self._entries.items()):
                 if condition(entry):
                     entry.drop()
@@ -218,7 +218,7 @@ class NativeCache:
 
     def counters_of(self, name: str) -> OpCounters:
         """The counts of one op or function in this cache, by its full name, made on first use."""
-        with _lock:
+        with lock:
             return self._counters.setdefault(name, OpCounters())
 
     def stats(self) -> CacheStats:
@@ -227,7 +227,7 @@ class NativeCache:
         >>> dc.NativeCache().stats()
         CacheStats(compiles=0, hits=0, fallbacks=0, asides=0, loads=0)
         """
-        with _lock:
+        with lock:
             counters = list(self._counters.values())
         return CacheStats(**{kind: sum(getattr(of_op, kind) for of_op in counters) for kind in KINDS})
 

@@ -20,7 +20,7 @@ from .retry import Postponed
 _GUARDED_LIMIT = 64
 
 # For all caches, so that a forked child has one lock to free. Re-entrant: garbage collection may strike inside.
-_lock = freed_in_children(threading.RLock())
+lock = freed_in_children(threading.RLock())
 
 
 Known = Specialization | NoCode
@@ -67,7 +67,7 @@ class Table:
 
     def specializations(self) -> list[tuple[Hashable, Specialization]]:
         """All of them, each with its key."""
-        with _lock:
+        with lock:
             known = [(key, one) for key, several in self._by_key.items() for one in several]
         return [(key, one) for key, one in known if isinstance(one, Specialization)]
 
@@ -77,19 +77,19 @@ class Table:
 
     def learn(self, more: Learned, why: str | None = None) -> None:
         """Read the arguments of the next calls otherwise; ``why``, for people, if something has become dynamic."""
-        with _lock:
+        with lock:
             self.learned |= more
             self._why_dynamic = None if more.fixed else why or self._why_dynamic
 
     def find(self, key: Hashable, arguments: Arguments) -> Known | None:
         """What is known of calls with this key and such dynamic sizes."""
-        with _lock:
+        with lock:
             several = tuple(self._by_key.get(key, ()))
         return next((one for one in several if one.admits(arguments)), None)
 
     def add(self, key: Hashable, known: Known) -> None:
         """Keep a specialization, or that there is no code, under its key."""
-        with _lock:
+        with lock:
             if not self.dropped:
                 self._by_key[key] = [*self._by_key.pop(key, ()), known]
             self.missing = ()
@@ -107,7 +107,7 @@ class Table:
     def add_guard(self, key: Hashable, known: Known, arguments: Arguments, of_function: bool) -> Guarded:
         """Put an exact guard for such arguments in front of the others: the last call is the likeliest next."""
         entry = Guarded(known.guarded_call(arguments, of_function=of_function), known)
-        with _lock:
+        with lock:
             several = self._by_key.pop(key, None)
             if several is not None:
                 self._by_key[key] = several
@@ -122,7 +122,7 @@ class Table:
     def note_missing(self, arguments: Arguments, of_function: bool) -> None:
         """Put a guard for such arguments, for which there is no code, in front of :attr:`missing`."""
         guard = NoCode.of(arguments, Eager(FROZEN)).guarded_call(arguments, of_function=of_function)
-        with _lock:
+        with lock:
             self.missing = (guard, *self.missing[: _GUARDED_LIMIT - 1])
 
     def make_room(self, limit: int) -> None:
@@ -131,7 +131,7 @@ class Table:
         A call through a guard leaves no mark. So when it gets tight, the older half lose their guards: those that are
         called again get new ones, and are the latest used from then on.
         """
-        with _lock:
+        with lock:
             while self.size >= limit:
                 del self._by_key[next(iter(self._by_key))]
             if self.size + 1 == limit:
@@ -145,7 +145,7 @@ class Table:
 
     def drop(self) -> None:
         """Let go of everything, for good."""
-        with _lock:
+        with lock:
             self.dropped = True
             self._by_key = {}
             self._guard_with(())

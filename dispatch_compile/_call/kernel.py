@@ -29,8 +29,8 @@ def kernel_of(overload: OpOverload) -> Callable[..., Any]:
         mode = entered.untraced
         if mode is not None and not profiler._is_profiler_enabled:
             route = mode.routes.get(name)
-            if route is None and entered.outside is not None:
-                route = route_outside(entered.outside, name)
+            if route is None:
+                route = route_outside(entered, name)
             if route is not None:
                 op = route.op()
                 last, table = route.last
@@ -71,7 +71,7 @@ def _intercept(overload: OpOverload, keyset: Any, args: tuple[Any, ...], kwargs:
 
 
 def route_outside(entry: Entry, name: Hashable) -> Route | None:
-    """The route of the innermost of the modes outside of one that does not catch what has this name."""
+    """The route of the innermost mode from ``entry`` outwards that catches what has this name, if none traces."""
     while entry.outside is not None and entry.untraced is not None:
         route = entry.untraced.routes.get(name)
         if route is not None:

@@ -77,7 +77,7 @@ class Route:
             except Exception as error:
                 return self._run_after_error(call, _writes(entry), error)
             if result is not MISS:
-                return self._finish(call, table, entry.known, result)
+                return self._finish(call, entry.known, result)
         if self.maker.makes_nothing and self.config.on_new != RAISE and table.misses(args, kwargs):
             return self._run_eagerly(call, FROZEN)
         return self._decide_and_run(call, table)
@@ -135,7 +135,7 @@ class Route:
             return self._run_after_error(call, _writes(entry), error)
         if result is MISS:  # a priority has changed since it was found
             return self._run_eagerly(call, INSIDE_CHANGED)
-        return self._finish(call, table, found, result)
+        return self._finish(call, found, result)
 
     def _guarded_call(self, entry: Guarded, impl: Impl) -> GuardedCall:
         """The call of a specialization; while a profiler is on, its code runs in a range that says what runs."""
@@ -148,7 +148,7 @@ class Route:
     def _range_name(self) -> str:
         return f"dispatch_compile::{self.callee.name.replace('::', '.')}"
 
-    def _finish(self, call: _Call, table: Table, known: Specialization | NoCode, result: Any) -> Any:
+    def _finish(self, call: _Call, known: Specialization | NoCode, result: Any) -> Any:
         """The end of a call whose guarded call has returned ``result``."""
         if isinstance(known, NoCode):
             return self._finish_without_code(call, known.outcome)

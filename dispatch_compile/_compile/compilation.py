@@ -24,7 +24,7 @@ from .._torch.inductor import (
 )
 from .capture import CannotCapture, Captured, capture
 from .config import CompileConfig
-from .failure import WrongReference, _not_captured, cannot_compile, may_pass
+from .failure import WrongReference, cannot_compile, may_pass, not_captured
 from .layouts import Layout, corrections, eager_layouts, promised_layouts
 from .options import options_for
 from .program import Program, Run, copy_of
@@ -59,7 +59,7 @@ def specialize(
         code = _code_for(impl, parameters, arguments, config)
     except CannotCapture as error:
         _fix_numbers(arguments)
-        raise _not_captured(name, impl, error) from error.__cause__
+        raise not_captured(name, impl, error) from error.__cause__
     except (StepAside, WrongReference):
         raise
     except Exception as error:
@@ -92,7 +92,7 @@ def foresee(
     try:
         captured = capture(impl, parameters, arguments, config)
     except CannotCapture as error:
-        raise _not_captured(name, impl, error) from error.__cause__
+        raise not_captured(name, impl, error) from error.__cause__
     finally:
         forget_shape_envs()
     return Specialization.of(_code(captured, _not_compiled), arguments, "it is not compiled")

@@ -64,7 +64,7 @@ def _advice(error: BaseException) -> str | None:
     return None
 
 
-def _not_captured(name: str, impl: Impl, error: CannotCapture) -> CannotCompile:
+def not_captured(name: str, impl: Impl, error: CannotCapture) -> CannotCompile:
     return CannotCompile(f"{_what(name, impl)} cannot be captured: {error}")
 
 

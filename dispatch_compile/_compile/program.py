@@ -47,7 +47,7 @@ class Program:
                 kernels[name] = load_cpp_kernel(_written(folder, library))
             for name, launch in self.triton.items():
                 kernels[name] = load_triton_kernel(launch, _written(folder, launch.cubin))
-        call = _call(self.text, kernels)["call"]
+        call = names_defined_by(self.text, kernels)["call"]
         return _with_realigned(call, self.realigned) if self.realigned else call
 
 
@@ -58,7 +58,7 @@ def _written(folder: str, content: bytes) -> str:
     return str(path)
 
 
-def _call(text: str, kernels: Mapping[str, Any]) -> dict[str, Any]:
+def names_defined_by(text: str, kernels: Mapping[str, Any]) -> dict[str, Any]:
     scope: dict[str, Any] = {"__name__": "dispatch_compile_program", **kernels}
     exec(compile(text, "<dispatch_compile program>", "exec"), scope)
     return scope

@@ -110,17 +110,15 @@ class NoCode:
 
     Attributes:
         components: what the key is made of, for people.
-        pattern: the same, leaf by leaf.
         outcome: what all calls that have the key come to.
     """
 
     components: Components
-    pattern: Pattern
     outcome: Aside | Eager | Failed
 
     @staticmethod
     def of(arguments: Arguments, outcome: Aside | Eager | Failed) -> NoCode:
-        return NoCode(components_of(arguments), pattern_of(arguments), outcome)
+        return NoCode(components_of(arguments), outcome)
 
     def admits(self, arguments: Arguments) -> bool:
         return True

@@ -167,8 +167,8 @@ class IrOp:
 
     def _implement(self, qualified: str, kernel: Callable[..., Any]) -> OpOverload:
         # CompositeExplicitAutograd keeps the op whole under export and AOTAutograd, and differentiable in eager.
-        self._library.impl(qualified, _weakly(kernel), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{qualified}", _weakly(self._run_fake), lib=self._library)
+        self._library.impl(qualified, weakly(kernel), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{qualified}", weakly(self._run_fake), lib=self._library)
         packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
         return overload_named(packet, qualified.partition(".")[2] or "default")
 
@@ -522,7 +522,7 @@ def _library_with(name: str, schemas: dict[str, str]) -> Library:
     return library
 
 
-def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """``method`` without a hold on its object: torch keeps the kernels of destroyed libraries for ever."""
     reference = weakref.WeakMethod(method)
 

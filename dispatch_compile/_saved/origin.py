@@ -121,7 +121,7 @@ class _Description:
             return self._function(value, where)
         op = registry.op_meant_by(value)
         if op is not None:
-            return self._op(op, where)
+            return self._op(op)
         name = _versioned_name(value)
         if name is None:
             raise CannotSave(f"{where} is a {kind.__name__}, which another process cannot compare")
@@ -131,9 +131,9 @@ class _Description:
         """Describe the ops of torch that are IR ops here: functions of torch may call them."""
         for op in registry.torch_ops():
             if op.torch_op.namespace in _OPS_OF_TORCH:
-                yield self._op(op, f"op {op.torch_op}")
+                yield self._op(op)
 
-    def _op(self, op: TorchOp, where: str) -> str:
+    def _op(self, op: TorchOp) -> str:
         """Describe what a call of an IR op may come to, which is a part of the code if it is to be compiled."""
         name = op.torch_op._schema.name
         if name in self.ops:

@@ -11,7 +11,7 @@ import ast
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .._compile.program import Program, _call
+from .._compile.program import Program, names_defined_by
 from .._torch.inductor import InductorCode
 from .._torch.saved_code import (
     TritonLaunch,
@@ -34,7 +34,7 @@ def program_of(code: InductorCode) -> Program:
     module, realigned = found
     statements, kernels = _needed(code.source)
     text = ast.unparse(ast.Module(statements, type_ignores=[]))
-    _check_text_alone_defines(statements, module, _call(text, {name: module[name] for name in kernels}))
+    _check_text_alone_defines(statements, module, names_defined_by(text, {name: module[name] for name in kernels}))
     cpp: dict[str, bytes] = {}
     triton: dict[str, TritonLaunch] = {}
     for name, maker in kernels.items():

@@ -36,6 +36,7 @@ __all__ = [
     "size_text",
     "sym_sqrt",
     "trace",
+    "without_early_decompositions",
 ]
 
 
@@ -100,7 +101,7 @@ def trace(
     """The ATen graph of ``fn`` on symbols and fake tensors; ``decompositions`` says of what some ops are made."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with _without_early_decompositions():
+    with without_early_decompositions():
         return make_fx(fn, tracing_mode="symbolic", decomposition_table=dict(decompositions or {}))(*inputs)
 
 
@@ -109,7 +110,7 @@ _DECOMPOSED_EARLY = ("upsample", "hardshrink", "softshrink", "multi_margin_loss"
 
 
 @contextmanager
-def _without_early_decompositions() -> Iterator[None]:
+def without_early_decompositions() -> Iterator[None]:
     """Let tracing see ops that ATen has kernels for. torch registers decompositions in Python for some, interpolation
     above all, which it applies before any table of decompositions, and which have other results."""
     import torch._decomp.decompositions  # registers them

@@ -18,7 +18,7 @@ import torch
 # OpOverload and OpOverloadPacket have no public name; torch.ops hands them out.
 from torch._ops import OpOverload, OpOverloadPacket
 
-from .capture import _without_early_decompositions
+from .capture import without_early_decompositions
 from .dispatch import has_schema, overload_named
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _inductor_compile(
     expected = (len(inputs), _output_count(graph))
     fake_mode = next((fake.fake_mode for fake in inputs if isinstance(fake, FakeTensor)), None)
     with (
-        _without_early_decompositions(),
+        without_early_decompositions(),
         tracing(TracingContext(fake_mode)),
         functorch_config.patch(enable_autograd_cache=False),  # a hit there skips inner_compile
         inductor_config.patch(dict(options)),

@@ -20,7 +20,7 @@ from torch.library import Library
 
 from .._basics.fork import freed_in_children
 from .._ir import registry
-from .._ir.embedded import _weakly
+from .._ir.embedded import weakly
 from .._ir.protocol import NATIVE
 from .._ir.references import NativeOp
 from .._torch.dispatch import OpOverload
@@ -45,8 +45,8 @@ class ForwardOp(NativeOp):
         self._complete = None if results.all_new else results.completion(native.parameters)
         self._library = Library(NAMESPACE, "FRAGMENT")
         self._library.define(f"{name}{native.schema} -> {results.schema}")
-        self._library.impl(name, _weakly(self._run_native), "CompositeExplicitAutograd")
-        torch.library.register_fake(self.name, _weakly(self._run_native), lib=self._library)
+        self._library.impl(name, weakly(self._run_native), "CompositeExplicitAutograd")
+        torch.library.register_fake(self.name, weakly(self._run_native), lib=self._library)
         torch_op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
         super().__init__(torch_op, _new_results_of(native, results), activations)
 

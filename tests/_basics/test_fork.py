@@ -77,7 +77,7 @@ def test_every_lock_of_the_package_is_freed_in_children(counted):
     with mode:
         counted(torch.ones(4, 3))
     found = locks_of_the_package()
-    assert {id(lock) for lock in (mode.trace._lock, mode._sync_lock, _cache._lock)} <= set(map(id, found))
+    assert {id(lock) for lock in (mode.trace._lock, mode._sync_lock, _cache.lock)} <= set(map(id, found))
     assert len(found) >= 9
     not_freed = [lock for lock in found if lock not in _fork._locks]
     assert not_freed == [], [gc.get_referrers(lock) for lock in not_freed]

@@ -108,5 +108,5 @@ def test_an_op_that_resizes_an_argument_and_cannot_be_compiled(define_ir_op):
             out = torch.zeros(2, 4)
             assert op([torch.ones(()), out]).item() == 2
             assert (out.shape, out.item()) == ((), 2)
-    stats = mode.cache.stats()
-    assert (stats.hits, stats.fallbacks + stats.asides) == (0, 2), "from torch 2.15 on it can be captured"
+    stats, can_be_captured = mode.cache.stats(), torch.__version__ >= "2.15"
+    assert (stats.hits, stats.fallbacks, stats.asides) == ((0, 0, 2) if can_be_captured else (0, 2, 0))
